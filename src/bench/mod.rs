@@ -1,0 +1,1 @@
+//! fp16 against bf16 (against fp32): stability and speed on this device.

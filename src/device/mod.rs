@@ -1,0 +1,254 @@
+//! Dtype-tagged tensors and the operations a replay needs, on the CPU and on CUDA.
+//!
+//! The model is written once against [`Device`]. Each operation computes in f32 (accumulators included, unless it
+//! says otherwise) and rounds once, to nearest even, to the dtype of its output: one PyTorch op, one rounding.
+//! Everything is deterministic: fixed reduction orders, no float atomics, the same bits at any thread count, and
+//! a row's result does not depend on the rows beside it.
+//!
+//! All unsafe code of the crate lives below this folder.
+
+pub mod cpu;
+
+use std::sync::Arc;
+
+use crate::Result;
+
+/// Storage type of a tensor element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    BF16,
+    F16,
+}
+
+impl DType {
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::BF16 | DType::F16 => 2,
+        }
+    }
+    pub fn is_half(self) -> bool {
+        self != DType::F32
+    }
+}
+
+/// Arithmetic of a matrix product: what the operands are rounded to before it. Accumulation is f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compute {
+    F32,
+    /// f32 operands rounded to 10 mantissa bits.
+    Tf32,
+    Bf16,
+    F16,
+}
+
+impl Compute {
+    pub fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Compute::F32,
+            DType::BF16 => Compute::Bf16,
+            DType::F16 => Compute::F16,
+        }
+    }
+}
+
+/// Row-major tensor on a device. Cheap to clone; immutable once made, except through `&mut` operations of the
+/// device that own it uniquely.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    pub storage: Storage,
+}
+
+/// Where the elements live.
+#[derive(Debug, Clone)]
+pub enum Storage {
+    /// f32 buffer whose values are exactly representable in the tensor's dtype.
+    Cpu(Arc<Vec<f32>>),
+    /// Bytes of a safetensors file in the tensor's dtype, little-endian, unaligned: a frozen weight.
+    Mapped(cpu::MappedBytes),
+}
+
+impl Tensor {
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+    /// All dimensions but the last, multiplied.
+    pub fn rows(&self) -> usize {
+        self.elements() / self.columns().max(1)
+    }
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+}
+
+/// Contiguous rows of one unit (a sequence, or a micro-batch): `offsets[i]..offsets[i + 1]`, offsets[0] == 0.
+pub type Offsets<'a> = &'a [usize];
+
+/// Measurements of one tensor (design section 6; probes of issue "every probe"). Counts are exact; sums are
+/// compensated or f64.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Statistics {
+    pub elements: u64,
+    pub nan: u64,
+    pub pos_inf: u64,
+    pub neg_inf: u64,
+    pub zero: u64,
+    /// Non-zero magnitudes below the target dtype's smallest normal.
+    pub subnormal: u64,
+    /// Non-zero magnitudes that the target dtype rounds to zero.
+    pub underflow: u64,
+    /// Finite magnitudes that the target dtype rounds to infinity.
+    pub overflow: u64,
+    /// Over finite elements.
+    pub max_abs: f32,
+    /// Smallest non-zero magnitude, 0 if none.
+    pub min_abs: f32,
+    /// Σx² over finite elements.
+    pub sum_squares: f64,
+    pub sum: f64,
+}
+
+/// What AdamW needs besides the tensors (contract 6.2). `learning_rate` and powers in f64, like PyTorch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// t: count of this tensor's updates, this one included.
+    pub step: f64,
+}
+
+/// The attention geometry of one call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// 1/√head_dim.
+    pub scale: f32,
+    /// Keys older than this are masked (mistral's sliding_window).
+    pub window: Option<usize>,
+}
+
+/// The operations of a replay. n: tokens of all rows of the pass, concatenated without padding.
+pub trait Device: Send + Sync {
+    /// `cpu` or `cuda:N`, for people.
+    fn name(&self) -> String;
+    /// What results depend on besides the inputs: processor, SIMD level or GPU and driver, library versions.
+    fn fingerprint(&self) -> String;
+
+    // ---- data movement
+    /// Copies f32 values to the device, rounding to `dtype`.
+    fn upload(&self, values: &[f32], shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// Elements as f32, exactly.
+    fn download(&self, x: &Tensor) -> Result<Vec<f32>>;
+    fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// x rounded (or widened) to `dtype`.
+    fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor>;
+    /// Rows `index[i]` of x [n, c] → [index.len(), c].
+    fn gather_rows(&self, x: &Tensor, index: &[u32]) -> Result<Tensor>;
+    /// Inverse of gather: zeros [rows, c] with row `index[i]` = x[i]. Indices are distinct.
+    fn scatter_rows(&self, x: &Tensor, index: &[u32], rows: usize) -> Result<Tensor>;
+
+    // ---- products
+    /// y [n, out] = x [n, in] · w [out, in]ᵀ (+ bias [out]), operands rounded to `compute`, y to `out`.
+    /// With a bias the sum is rounded once (addmm).
+    fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, compute: Compute, out: DType) -> Result<Tensor>;
+    /// dx [n, in] = dy [n, out] · w [out, in].
+    fn linear_input_grad(&self, dy: &Tensor, w: &Tensor, compute: Compute, out: DType) -> Result<Tensor>;
+    /// Per unit u of `units`: dw_u [out, in] = dy[u]ᵀ · x[u]. Returns [units, out, in] in `out`.
+    fn linear_weight_grad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        units: Offsets<'_>,
+        compute: Compute,
+        out: DType,
+    ) -> Result<Tensor>;
+
+    // ---- elementwise; every result rounded once to `out`
+    /// a + b.
+    fn add(&self, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor>;
+    /// x · s.
+    fn scale(&self, x: &Tensor, s: f32, out: DType) -> Result<Tensor>;
+    /// x · (1 + ½ ulp(`ulp_of`) · u), u uniform in (−1, 1) from a counter-based generator keyed (seed, stream, element).
+    fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor>;
+    /// x · mask / (1 − p), mask Bernoulli(1 − p) from the same generator. Also its own backward.
+    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor>;
+
+    // ---- the decoder's own
+    /// table [vocab, h] rows at ids → [n, h] in `out`.
+    fn embedding(&self, table: &Tensor, ids: &[u32], out: DType) -> Result<Tensor>;
+    /// HF RMSNorm on the last dimension (w.len() columns; more rows than n for per-head norms):
+    /// r = 1/√(mean(x²) + eps) in f32; y = w · round(x·r, x.dtype), rounded to `out`. Returns (y, r [rows] f32).
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32, out: DType) -> Result<(Tensor, Tensor)>;
+    /// Gradient of the above w.r.t. x, w frozen: g = round(dy·w, x.dtype); dx = r·(g − x·r²·mean(g·x)), rounded to x.dtype.
+    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor>;
+    /// Rotary embedding, half-split. x [n, heads · head_dim]; cos, sin [max_position, head_dim / 2], already in the
+    /// dtype HF casts them to. y = round(round(x·cos, out) + round(rot(x)·sin, out), out). `inverse` rotates back
+    /// (the gradient).
+    fn rope(
+        &self,
+        x: &Tensor,
+        positions: &[u32],
+        cos: &Tensor,
+        sin: &Tensor,
+        heads: usize,
+        inverse: bool,
+        out: DType,
+    ) -> Result<Tensor>;
+    /// Causal attention per sequence of `rows`. q [n, heads·hd], k, v [n, kv_heads·hd] → (o like q in `compute`'s
+    /// dtype, log-sum-exp [n, heads] f32). Scores and softmax in f32; for half compute the unnormalised
+    /// probabilities are rounded before they meet v (PyTorch's flash kernels).
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        rows: Offsets<'_>,
+        shape: &AttentionShape,
+        compute: Compute,
+    ) -> Result<(Tensor, Tensor)>;
+    /// (dq, dk, dv), probabilities recomputed from the log-sum-exp, in the dtypes of q, k, v.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_grad(
+        &self,
+        d_o: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        o: &Tensor,
+        lse: &Tensor,
+        rows: Offsets<'_>,
+        shape: &AttentionShape,
+        compute: Compute,
+    ) -> Result<(Tensor, Tensor, Tensor)>;
+    /// act = round(silu(gate)); returns round(act · up), both in gate's dtype.
+    fn gate(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor>;
+    /// (d_gate, d_up) for `gate`; each PyTorch op of it rounds once.
+    fn gate_grad(&self, d_out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)>;
+    /// Cross-entropy of logits [m, vocab] (widened to f32) against labels: per-row loss [m] as f32 values, and
+    /// d_logits = (softmax − one-hot) · seed[row], in logits' dtype.
+    fn cross_entropy(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)>;
+
+    // ---- optimizer (masters and state in their own dtype)
+    /// acc += g, rounded to acc's dtype.
+    fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()>;
+    /// x *= s in place.
+    fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()>;
+    /// One AdamW update (contract 6.2), in place.
+    fn adamw(&self, p: &mut Tensor, g: &Tensor, m: &mut Tensor, v: &mut Tensor, with: &AdamW) -> Result<()>;
+    /// p -= lr · (g + weight_decay · p), in place.
+    fn sgd(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()>;
+
+    // ---- measuring
+    /// Statistics against the range of `target`, one per unit of rows.
+    fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>>;
+    /// ‖x‖₂ per unit as torch.linalg.vector_norm gives it (f32 result), and its non-finite count.
+    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>>;
+}

@@ -1,0 +1,1 @@
+//! Spikes, interventions, shares, verdicts: pure functions of evidence.

@@ -1,0 +1,1 @@
+//! What the device's arithmetic is, and whether it repeats itself.

@@ -1,0 +1,1 @@
+//! What is measured about a tensor, and where: sites and statistics.

@@ -1,0 +1,1 @@
+//! Accumulate, unscale, clip, update, schedule, loss scale: one optimizer step from one window.

@@ -1,0 +1,1 @@
+//! Grids of settings replayed side by side.

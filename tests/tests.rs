@@ -1,0 +1,12 @@
+//! Table of contents of the integration tests; one file an area, names are sentences.
+
+mod batches; // vectors: orders, splits, ids, labels, windows
+mod cli; // the program as a user types it: exit codes, messages, files
+mod device; // every operation on every device, against f64
+mod diagnosis; // verdicts on scripted evidence and on recorded runs
+mod inspect; // log forensics, lint, eval, comparison
+mod model; // forward and backward against PyTorch and candle's autograd
+mod replay; // recorded runs replayed to the numbers in their logs
+mod run; // readers: good files, broken files, generated garbage
+mod step; // clip, optimizers, schedules, loss scale
+mod sweep; // grids, shards, merge; precision bench
