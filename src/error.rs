@@ -94,7 +94,7 @@ impl Error {
         self.next = Some(next.into());
         self
     }
-    pub fn exit_code(&self) -> i32 {
+    pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Usage => 2,
             Kind::Interrupted => 130,

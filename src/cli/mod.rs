@@ -1,12 +1,40 @@
 //! What was typed → what was meant: one file a subcommand, no maths.
+//!
+//! To add a subcommand: a file with `Args` (what is typed) and `run(&Args, &Common)`, its `mod` line, a variant of
+//! [`Command`] and its arm in [`run`].
+
+mod common;
+mod replay;
+
+use clap::{Parser, Subcommand};
+
+pub use common::{Common, DeviceChoice};
 
 use crate::Result;
 
 /// Replays a LoRA fine-tuning run and proves what made its loss spike.
-#[derive(Debug, clap::Parser)]
-#[command(version, about)]
-pub struct Options {}
+#[derive(Debug, Parser)]
+#[command(version, about, arg_required_else_help = true)]
+pub struct Options {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
 
-pub fn run(_options: &Options) -> Result<()> {
-    Ok(())
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Replay(replay::Args),
+}
+
+/// Runs what was typed.
+///
+/// # Errors
+/// Whatever the subcommand could not do; `main` turns it into an exit code.
+pub fn run(options: &Options) -> Result<()> {
+    let common = &options.common;
+    common.prepare()?;
+    match &options.command {
+        Command::Replay(args) => replay::run(args, common),
+    }
 }

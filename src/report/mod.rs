@@ -1,1 +1,3 @@
 //! What people and programs read: versioned JSON, terminal, HTML.
+
+pub mod json;

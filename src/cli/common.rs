@@ -1,0 +1,115 @@
+//! Options that every subcommand takes, and what they mean.
+//!
+//! Owns `--root --json --device --threads -q -v --versions`. What a subcommand adds is in its own file.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::Value;
+
+use crate::{Error, Result, output};
+
+/// As typed.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// Relative paths inside the configuration resolve against this folder, as LLaMA-Factory resolves them
+    /// against the folder it was started in.
+    #[arg(long, global = true, value_name = "DIR", default_value = ".")]
+    pub root: PathBuf,
+    /// Write the result as JSON; `-` is standard output (the text for people is then left out).
+    #[arg(long, global = true, value_name = "FILE|-")]
+    pub json: Option<PathBuf>,
+    /// Where to compute: auto takes a CUDA GPU if one works.
+    #[arg(long, global = true, value_name = "auto|cpu|cuda:N", default_value = "auto", value_parser = parse_device)]
+    pub device: DeviceChoice,
+    /// CPU threads [default: all cores]. Results do not depend on it.
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Library versions of the run, over what its files say: transformers=4.48.2,accelerate=1.2.1
+    #[arg(long, global = true, value_name = "NAME=X.Y.Z,...", value_delimiter = ',', value_parser = parse_version)]
+    pub versions: Vec<(String, String)>,
+    /// Results only: no progress, no remarks.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more (where each value came from, timings).
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// What `--device` chose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    /// Ordinal, as the driver counts.
+    Cuda(usize),
+}
+
+fn parse_device(typed: &str) -> std::result::Result<DeviceChoice, String> {
+    match typed {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => typed
+            .strip_prefix("cuda:")
+            .and_then(|n| n.parse().ok())
+            .map(DeviceChoice::Cuda)
+            .ok_or_else(|| "expected auto, cpu or cuda:N".to_string()),
+    }
+}
+
+const PACKAGES: [&str; 5] = ["llamafactory", "transformers", "accelerate", "peft", "torch"];
+
+fn parse_version(typed: &str) -> std::result::Result<(String, String), String> {
+    let (name, version) = typed.split_once('=').ok_or("expected NAME=X.Y.Z")?;
+    let name = name.trim().to_lowercase();
+    if !PACKAGES.contains(&name.as_str()) {
+        return Err(format!("`{name}` is not one of {}", PACKAGES.join(", ")));
+    }
+    Ok((name, version.trim().to_string()))
+}
+
+impl Common {
+    /// Applies what concerns the whole process: the number of threads. Called once, before any computation.
+    ///
+    /// # Errors
+    /// When the thread pool cannot be made.
+    pub fn prepare(&self) -> Result<()> {
+        if let Some(threads) = self.threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads.into())
+                .build_global()
+                .map_err(|e| Error::device(format!("cannot start {threads} threads: {e}")).at("--threads"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the text for people goes to standard output (it does not where JSON does).
+    pub fn prints(&self) -> bool {
+        self.json.as_deref().is_none_or(|path| path.as_os_str() != "-")
+    }
+
+    /// Prints text for people, unless standard output belongs to JSON.
+    ///
+    /// # Errors
+    /// When standard output cannot be written.
+    pub fn print(&self, text: &str) -> Result<()> {
+        if self.prints() { output::print(text) } else { Ok(()) }
+    }
+
+    /// A remark on standard error, unless `-q`.
+    pub fn remark(&self, text: &str) {
+        if !self.quiet {
+            output::complain(text);
+        }
+    }
+
+    /// Writes `--json`, if asked for.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_json(&self, value: &Value) -> Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        output::write_text(path, &format!("{value:#}\n"))
+    }
+}

@@ -1,0 +1,82 @@
+//! Where results go: standard output that survives a closed pipe, files that are whole or absent, colour or not.
+//!
+//! Owns the writing; what is written belongs to `report/`.
+
+use std::fs::Permissions;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+
+use crate::{Error, Result};
+
+/// Writes `text` to standard output. A reader that went away (`| head`) is no error.
+///
+/// # Errors
+/// Any other failure to write, a full disk behind a redirection for example.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::output(format!("cannot write: {e}")).at("standard output"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to standard error; failing to complain is not worth failing for.
+pub fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Creates or replaces `path` with what `fill` writes: through a temporary file in the same folder, renamed when
+/// complete, so that a reader never sees half a file and a failure leaves the old one.
+///
+/// # Errors
+/// [`crate::error::Kind::Output`] naming the file; errors of `fill` as they are.
+pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let failed = |what: &str, e: std::io::Error| {
+        Error::output(format!("{what}: {e}")).at_path(path).next("check free space and permissions of the folder")
+    };
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".spikeprobe-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // What File::create asks for; the process's umask applies. tempfile's own default is private (0600).
+        builder.permissions(Permissions::from_mode(0o666));
+    }
+    let file = builder.tempfile_in(folder).map_err(|e| failed("cannot create", e))?;
+    let mut buffered = std::io::BufWriter::new(file);
+    fill(&mut buffered).map_err(|e| if e.place.is_none() { e.at_path(path) } else { e })?;
+    let file = buffered.into_inner().map_err(|e| failed("cannot write", e.into_error()))?;
+    file.as_file().sync_all().map_err(|e| failed("cannot write", e))?;
+    file.persist(path).map_err(|e| failed("cannot put in place", e.error))?;
+    Ok(())
+}
+
+/// [`write_file`] for bytes at hand; `-` is standard output.
+///
+/// # Errors
+/// As [`write_file`] and [`print`].
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    if path.as_os_str() == "-" {
+        return print(text);
+    }
+    write_file(path, |out| {
+        out.write_all(text.as_bytes()).map_err(|e| Error::output(format!("cannot write: {e}")).at_path(path))
+    })
+}
+
+/// Whether standard output takes colour: a terminal, and nobody said NO_COLOR (<https://no-color.org>).
+pub fn color() -> bool {
+    let set = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty());
+    std::io::stdout().is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
+}
+
+/// Whether progress may be drawn on standard error.
+pub fn progress() -> bool {
+    std::io::stderr().is_terminal()
+}
