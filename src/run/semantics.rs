@@ -6,7 +6,10 @@
 pub enum WindowRule {
     /// transformers ≤ 4.45: a window closes every GA micro-batches counted across epochs.
     AcrossEpochs,
-    /// 4.46–4.51: steps counted with floor(len / GA), ceil(len / GA) performed; the last window may leak.
+    /// 4.46: normalisers cut per epoch as in `FloorLeak`, but a window closes every GA micro-batches counted
+    /// across epochs; the two agree only while len % GA == 0.
+    FloorAcross,
+    /// 4.47–4.51: steps counted with floor(len / GA), ceil(len / GA) performed; the last window may leak.
     FloorLeak,
     /// ≥ 4.52: ceil(len / GA) windows, the last one short.
     Ceil,
@@ -54,6 +57,9 @@ pub struct TrainerSemantics {
     /// Logged loss rounded to 4 decimals (4.x).
     pub rounds_loss: bool,
     pub resume_order: ResumeOrder,
+    /// After a mid-epoch resume micro-batches are counted from 0 (4.47–4.56; 4.57.1 and 5.x count on), so that
+    /// the resumed epoch's last partial window never closes and leaks into the next epoch (contract 15.3).
+    pub resume_restarts_count: bool,
     /// Default of average_tokens_across_devices (true from 4.55).
     pub averages_tokens: bool,
     /// max_grad_norm ≤ 0 still logs grad_norm (5.x).
