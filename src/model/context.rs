@@ -1,0 +1,79 @@
+//! What every part of one chunk's pass shares: device, weights, plan, batch, and the small helpers on them.
+
+use super::held::{Held, flip_bit};
+use super::{Adapter, ModelConfig, PassOptions, PrecisionPlan, Ragged, RopeTables};
+use crate::Result;
+use crate::device::{DType, Device, Tensor};
+use crate::probe::{Part, Recorder, Role, Site};
+
+pub(super) struct Context<'a> {
+    pub device: &'a dyn Device,
+    pub config: &'a ModelConfig,
+    pub plan: &'a PrecisionPlan,
+    pub held: &'a Held,
+    pub adapter: &'a Adapter,
+    pub rope: &'a RopeTables,
+    pub batch: &'a Ragged,
+    /// Offsets of units in tokens.
+    pub unit_tokens: Vec<usize>,
+    /// Index in the window of the chunk's first micro-batch, and of its first token.
+    pub first_unit: usize,
+    pub first_token: usize,
+    pub options: &'a PassOptions,
+    pub recorder: &'a Recorder,
+}
+
+/// Streams of the counter-based generator: blocks' noise from 0, dropout masks from here.
+const DROPOUT_STREAM: u64 = 1 << 32;
+
+impl<'a> Context<'a> {
+    /// This context with another recorder (a block's second run is not measured again).
+    pub fn recording<'b>(&'b self, recorder: &'b Recorder) -> Context<'b> {
+        Context { recorder, unit_tokens: self.unit_tokens.clone(), ..*self }
+    }
+
+    /// x in `dtype`; shared, not copied, when it already is.
+    pub fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        if x.dtype == dtype { Ok(x.clone()) } else { self.device.cast(x, dtype) }
+    }
+
+    /// Embedding output [n, hidden].
+    pub fn embed(&self) -> Result<Tensor> {
+        let x = self.device.embedding(&self.held.embedding, &self.batch.ids, self.plan.residual())?;
+        self.observe(Site::outside(Part::Embedding, Role::Output), x)
+    }
+
+    /// The input of block `layer`, with noise when asked for.
+    pub fn perturb(&self, layer: usize, h: Tensor) -> Result<Tensor> {
+        match self.options.perturb {
+            None => Ok(h),
+            Some(seed) => self.device.perturb(&h, self.chunk_seed(seed), layer as u64, self.plan.linear()),
+        }
+    }
+
+    /// Applies the dropout mask of adapted linear `module`; the same one on every call.
+    pub fn dropout(&self, x: &Tensor, module: usize) -> Result<Tensor> {
+        match self.options.dropout {
+            None => Ok(x.clone()),
+            Some(with) => self.device.dropout(x, with.p, self.chunk_seed(with.seed), DROPOUT_STREAM + module as u64),
+        }
+    }
+
+    /// Generators count elements from the start of a tensor, so each chunk draws from its own seed.
+    fn chunk_seed(&self, seed: u64) -> u64 {
+        seed ^ (self.first_unit as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+    }
+
+    /// Measures a tensor with one row per token, and flips the bits of it that the options name.
+    pub fn observe(&self, site: Site, mut x: Tensor) -> Result<Tensor> {
+        for flip in self.options.activation_flips.iter().filter(|f| f.site == site) {
+            let first = self.first_token * x.columns();
+            if let Some(element) = flip.element.checked_sub(first).filter(|&e| e < x.elements()) {
+                let dtype = x.dtype;
+                x = flip_bit(self.device, &x, dtype, element, flip.bit).map_err(|e| e.at(site))?;
+            }
+        }
+        self.recorder.measure(self.device, site, &x, &self.unit_tokens, self.first_unit)?;
+        Ok(x)
+    }
+}

@@ -1,0 +1,141 @@
+//! One linear of a block with its LoRA branch, forward and backward.
+//!
+//! PEFT's lora.Linear.forward: `result = base(x) + B(A(dropout(x.to(adapter)))) * scaling`, cast back to the base
+//! output's dtype. Each operation rounds where PyTorch's does; see [`super::PrecisionPlan`].
+
+use super::adapter::LoraModule;
+use super::block::Sink;
+use super::context::Context;
+use super::held::Linear;
+use super::{Projection, promote};
+use crate::Result;
+use crate::device::{DType, Tensor};
+use crate::probe::{Part, Role, Site};
+
+/// An input of linears, rounded once for all of them.
+pub(super) struct Operand {
+    /// As the layer before produced it; its gradient has this dtype.
+    raw: Tensor,
+    /// As frozen linears read it.
+    linear: Tensor,
+    /// As LoRA branches read it, dropout aside.
+    branch: Tensor,
+}
+
+impl Operand {
+    pub fn new(cx: &Context<'_>, raw: Tensor) -> Result<Self> {
+        let linear = cx.cast(&raw, cx.plan.linear())?;
+        let branch = match cx.plan.branch() {
+            // Widening is exact and happens in the product.
+            DType::F32 => raw.clone(),
+            dtype if dtype == cx.plan.linear() => linear.clone(),
+            dtype => cx.cast(&raw, dtype)?,
+        };
+        Ok(Self { raw, linear, branch })
+    }
+
+    /// The input of one LoRA branch: PEFT casts to the adapter's dtype, drops, and autocast rounds.
+    fn dropped(&self, cx: &Context<'_>, module: usize) -> Result<Tensor> {
+        if cx.options.dropout.is_none() {
+            return Ok(self.branch.clone());
+        }
+        let x = cx.cast(&self.raw, cx.adapter.dtype)?;
+        cx.cast(&cx.dropout(&x, module)?, cx.plan.branch())
+    }
+}
+
+/// y [n, out] in the linear dtype, and A x [n, r] where the linear is adapted.
+pub(super) fn forward(
+    cx: &Context<'_>,
+    layer: usize,
+    projection: Projection,
+    x: &Operand,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (device, plan) = (cx.device, cx.plan);
+    let Linear { w, bias } = &cx.held.layers[layer].linears[projection as usize];
+    let site = |role| Site::block(layer, Part::Projection(projection), role);
+    let y = device.linear(&x.linear, w, bias.as_ref(), plan.compute(), plan.linear())?;
+    let Some((index, lora)) = cx.adapter.at(layer, projection) else {
+        return Ok((cx.observe(site(Role::Output), y)?, None));
+    };
+    let (branch, compute) = (plan.branch(), plan.branch_compute());
+    let u = device.linear(&x.dropped(cx, index)?, &lora.a, None, compute, branch)?;
+    let u = cx.observe(site(Role::LoraHidden), u)?;
+    let v = device.linear(&u, &lora.b, None, compute, branch)?;
+    let v = device.scale(&v, cx.adapter.scaling, branch)?;
+    let y = device.add(&y, &v, promote(y.dtype, branch))?;
+    let y = cx.cast(&y, plan.linear())?;
+    Ok((cx.observe(site(Role::Output), y)?, Some(u)))
+}
+
+/// Adds the LoRA gradients of `dy` to `sink`, and the gradient of the input to `dx` (autograd's order: the LoRA
+/// branch was recorded last, so it arrives first). `dx` stays `None` when `input_grad` is false.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    cx: &Context<'_>,
+    layer: usize,
+    projection: Projection,
+    dy: Tensor,
+    x: &Operand,
+    u: Option<Tensor>,
+    dx: &mut Option<Tensor>,
+    sink: &mut Sink<'_>,
+    input_grad: bool,
+) -> Result<()> {
+    let dy = cx.observe(Site::block(layer, Part::Projection(projection), Role::OutputGrad), dy)?;
+    if let (Some((index, lora)), Some(u)) = (cx.adapter.at(layer, projection), u) {
+        let d_branch = branch_backward(cx, index, lora, &dy, x, &u, sink, input_grad)?;
+        if let Some(d) = d_branch {
+            accumulate(cx, dx, d, x.raw.dtype)?;
+        }
+    }
+    if input_grad {
+        let w = &cx.held.layers[layer].linears[projection as usize].w;
+        let d = cx.device.linear_input_grad(&dy, w, cx.plan.compute(), cx.plan.linear())?;
+        accumulate(cx, dx, d, x.raw.dtype)?;
+    }
+    Ok(())
+}
+
+/// Gradients of A and B per micro-batch, and of the branch's input.
+#[allow(clippy::too_many_arguments)]
+fn branch_backward(
+    cx: &Context<'_>,
+    index: usize,
+    lora: &LoraModule,
+    dy: &Tensor,
+    x: &Operand,
+    u: &Tensor,
+    sink: &mut Sink<'_>,
+    input_grad: bool,
+) -> Result<Option<Tensor>> {
+    let device = cx.device;
+    let (branch, compute) = (cx.plan.branch(), cx.plan.branch_compute());
+    let dv = device.scale(dy, cx.adapter.scaling, branch)?;
+    let db = device.linear_weight_grad(&dv, u, &cx.unit_tokens, compute, branch)?;
+    let du = device.linear_input_grad(&dv, &lora.b, compute, branch)?;
+    let dropped = x.dropped(cx, index)?;
+    let da = device.linear_weight_grad(&du, &dropped, &cx.unit_tokens, compute, branch)?;
+    sink.add(cx, lora, 2 * index, Role::LoraAGrad, da)?;
+    sink.add(cx, lora, 2 * index + 1, Role::LoraBGrad, db)?;
+    if !input_grad {
+        return Ok(None);
+    }
+    let d = device.linear_input_grad(&du, &lora.a, compute, branch)?;
+    if cx.options.dropout.is_none() {
+        return Ok(Some(d));
+    }
+    let d = cx.cast(&d, cx.adapter.dtype)?;
+    Ok(Some(cx.dropout(&d, index)?))
+}
+
+/// `sum` += `d` as autograd accumulates at a tensor used more than once: both in the tensor's dtype, one rounding
+/// per addition.
+fn accumulate(cx: &Context<'_>, sum: &mut Option<Tensor>, d: Tensor, dtype: DType) -> Result<()> {
+    let d = cx.cast(&d, dtype)?;
+    *sum = Some(match sum.take() {
+        None => d,
+        Some(so_far) => cx.device.add(&so_far, &d, dtype)?,
+    });
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! The rows of a window, concatenated without padding: what one pass of the model consumes.
+//!
+//! Owns the shift of labels, and where each micro-batch's rows and labels lie. Which rows belong to a window is
+//! `batches`'.
+
+use std::ops::Range;
+
+use crate::batches::{Corpus, Example, IGNORE, MicroBatch};
+use crate::{Error, Result};
+
+/// Token ids and labels of one row; `labels` unshifted, [`IGNORE`] where masked, as long as `ids`.
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    pub ids: &'a [u32],
+    pub labels: &'a [i32],
+}
+
+impl<'a> From<&'a Example> for Row<'a> {
+    fn from(example: &'a Example) -> Self {
+        Self { ids: &example.input_ids, labels: &example.labels }
+    }
+}
+
+/// Rows of micro-batches ("units"), concatenated. n: all tokens.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ragged {
+    /// [n].
+    pub ids: Vec<u32>,
+    /// [n], from 0 in each row.
+    pub positions: Vec<u32>,
+    /// Offsets of rows in tokens; first 0, last n.
+    pub rows: Vec<usize>,
+    /// Offsets of units in rows.
+    pub unit_rows: Vec<usize>,
+    /// Tokens whose successor carries a label, ascending.
+    pub labelled: Vec<u32>,
+    /// The successor's label, per entry of `labelled`.
+    pub targets: Vec<u32>,
+    /// Position of each entry in the unit's padded batch, flattened: the order in which PyTorch sums losses.
+    pub padded: Vec<u32>,
+    /// Offsets of units in `labelled`.
+    pub unit_labels: Vec<usize>,
+}
+
+impl Ragged {
+    /// Concatenates the rows of micro-batches. A micro-batch may be empty.
+    ///
+    /// # Errors
+    /// A row without tokens, with as many labels as not tokens, or with an id or label outside the vocabulary.
+    pub fn build<'a>(units: impl IntoIterator<Item = impl AsRef<[Row<'a>]>>, vocab: usize) -> Result<Self> {
+        let mut all = Self { rows: vec![0], unit_rows: vec![0], unit_labels: vec![0], ..Self::default() };
+        for (unit, rows) in units.into_iter().enumerate() {
+            all.push_unit(rows.as_ref(), vocab).map_err(|e| e.at(format!("micro-batch {unit}")))?;
+        }
+        Ok(all)
+    }
+
+    /// The rows of `micro_batches`, labels as in the corpus.
+    ///
+    /// # Errors
+    /// As [`Ragged::build`].
+    pub fn of(corpus: &Corpus, micro_batches: &[MicroBatch]) -> Result<Self> {
+        let units =
+            micro_batches.iter().map(|m| m.examples.iter().map(|&e| Row::from(&corpus.train[e])).collect::<Vec<_>>());
+        // A tokenizer may know more tokens than the model; the model's own check follows in the pass.
+        Self::build(units, corpus.vocab_size)
+    }
+
+    fn push_unit(&mut self, rows: &[Row<'_>], vocab: usize) -> Result<()> {
+        // DataCollatorForSeq2Seq pads to the longest row, rounded up to a multiple of 8 (contract 2.6).
+        let padded = rows.iter().map(|r| r.ids.len()).max().unwrap_or(0).next_multiple_of(8);
+        for (index, row) in rows.iter().enumerate() {
+            check(row, vocab).map_err(|e| e.at(format!("row {index}")))?;
+            let start = self.ids.len();
+            for (position, &label) in row.labels.iter().enumerate().skip(1) {
+                if label != IGNORE {
+                    self.labelled.push((start + position - 1) as u32);
+                    self.targets.push(label as u32);
+                    self.padded.push((index * padded + position - 1) as u32);
+                }
+            }
+            self.ids.extend_from_slice(row.ids);
+            self.positions.extend(0..row.ids.len() as u32);
+            self.rows.push(self.ids.len());
+        }
+        self.unit_rows.push(self.rows.len() - 1);
+        self.unit_labels.push(self.labelled.len());
+        Ok(())
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+    /// Number of micro-batches.
+    pub fn units(&self) -> usize {
+        self.unit_rows.len().saturating_sub(1)
+    }
+    /// Length of the longest row.
+    pub fn longest(&self) -> usize {
+        self.rows.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+    /// Offsets of units in tokens.
+    pub fn unit_tokens(&self) -> Vec<usize> {
+        self.unit_rows.iter().map(|&row| self.rows[row]).collect()
+    }
+
+    /// The units `range` alone.
+    pub(super) fn slice(&self, range: Range<usize>) -> Self {
+        let rows = self.unit_rows[range.start]..self.unit_rows[range.end];
+        let tokens = self.rows[rows.start]..self.rows[rows.end];
+        let labels = self.unit_labels[range.start]..self.unit_labels[range.end];
+        let from = |values: &[usize], first: usize| values.iter().map(|v| v - first).collect();
+        Self {
+            ids: self.ids[tokens.clone()].to_vec(),
+            positions: self.positions[tokens.clone()].to_vec(),
+            rows: from(&self.rows[rows.start..=rows.end], tokens.start),
+            unit_rows: from(&self.unit_rows[range.start..=range.end], rows.start),
+            labelled: self.labelled[labels.clone()].iter().map(|&t| t - tokens.start as u32).collect(),
+            targets: self.targets[labels.clone()].to_vec(),
+            padded: self.padded[labels.clone()].to_vec(),
+            unit_labels: from(&self.unit_labels[range.start..=range.end], labels.start),
+        }
+    }
+
+    /// Consecutive ranges of units of at most `tokens` tokens each, a larger unit alone in its range.
+    pub(super) fn chunks(&self, tokens: usize) -> Vec<Range<usize>> {
+        let offsets = self.unit_tokens();
+        let mut chunks = Vec::new();
+        let mut start = 0;
+        for unit in 1..=self.units() {
+            if unit == self.units() || offsets[unit + 1] - offsets[start] > tokens {
+                chunks.push(start..unit);
+                start = unit;
+            }
+        }
+        chunks
+    }
+}
+
+fn check(row: &Row<'_>, vocab: usize) -> Result<()> {
+    if row.ids.is_empty() {
+        return Err(Error::input("no tokens"));
+    }
+    if row.ids.len() != row.labels.len() {
+        return Err(Error::internal(format!("{} tokens but {} labels", row.ids.len(), row.labels.len())));
+    }
+    let outside = |id: i64| !(0..vocab as i64).contains(&id);
+    let labels = row.labels.iter().filter(|&&l| l != IGNORE).map(|&l| i64::from(l));
+    match row.ids.iter().map(|&id| i64::from(id)).chain(labels).find(|&id| outside(id)) {
+        None => Ok(()),
+        Some(id) => Err(Error::input(format!("token id {id} is outside the model's vocabulary of {vocab}"))
+            .next("use the tokenizer that belongs to the base model")),
+    }
+}
+
+/// Σ of the losses of one unit as torch's nll_loss sums them on a CPU (LossNLL.cpp: eight cascaded f32 partial
+/// sums over the padded, flattened batch). `losses[i]` belongs to batch position `padded[i]` of `batch`.
+pub(super) fn cascade_sum(losses: &[f32], padded: &[u32], batch: usize) -> f32 {
+    const LEVELS: usize = 8;
+    let ceil_log2 = usize::BITS - batch.max(1).saturating_sub(1).leading_zeros();
+    let power = (ceil_log2 as usize / LEVELS).max(4);
+    let mask = (1usize << power) - 1;
+    let mut partial = [0f32; LEVELS];
+    for (&loss, &b) in losses.iter().zip(padded) {
+        partial[0] += loss;
+        for level in 0..LEVELS - 1 {
+            if b as usize & (mask << (level * power)) != 0 {
+                break;
+            }
+            partial[level + 1] += std::mem::take(&mut partial[level]);
+        }
+    }
+    partial.iter().sum()
+}
