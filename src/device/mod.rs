@@ -8,6 +8,7 @@
 //! All unsafe code of the crate lives below this folder.
 
 pub mod cpu;
+pub mod noise;
 
 use std::sync::Arc;
 
@@ -121,6 +122,9 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// t: count of this tensor's updates, this one included.
     pub step: f64,
+    /// PyTorch's fused kernel (`adamw_torch_fused`): on half tensors it rounds once per tensor and update; the loop
+    /// of separate operations (false) rounds after each. No difference for f32.
+    pub fused: bool,
 }
 
 /// The attention geometry of one call.
@@ -176,9 +180,9 @@ pub trait Device: Send + Sync {
     fn add(&self, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor>;
     /// x · s.
     fn scale(&self, x: &Tensor, s: f32, out: DType) -> Result<Tensor>;
-    /// x · (1 + ½ ulp(`ulp_of`) · u), u uniform in (−1, 1) from a counter-based generator keyed (seed, stream, element).
+    /// x · (1 + ½ ulp(`ulp_of`) · u), u = [`noise::symmetric`] of (seed, stream, element), rounded to x's dtype.
     fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor>;
-    /// x · mask / (1 − p), mask Bernoulli(1 − p) from the same generator. Also its own backward.
+    /// x · mask / (1 − p), mask = ([`noise::unit`] ≥ p), rounded to x's dtype. Also its own backward.
     fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor>;
 
     // ---- the decoder's own

@@ -1,0 +1,54 @@
+//! Cross-entropy on logits rows and its gradient: log_softmax and NLL in f32 (contract 4.3).
+
+use super::rounding::{Round, with_round};
+use super::simd::vectorised;
+use super::values::{elements, expect, tensor};
+use super::{CpuDevice, math};
+use crate::Result;
+use crate::device::Tensor;
+
+impl CpuDevice {
+    pub(super) fn cross_entropy_impl(
+        &self,
+        logits: &Tensor,
+        labels: &[u32],
+        seed: &[f32],
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let (rows, vocabulary) = (logits.rows(), logits.columns());
+        expect(labels.len() == rows && seed.len() == rows && vocabulary > 0, "cross_entropy", || {
+            format!("logits {:?}, {} labels, {} seeds", logits.shape, labels.len(), seed.len())
+        })?;
+        for &label in labels {
+            expect((label as usize) < vocabulary, "cross_entropy", || format!("label {label} of {vocabulary}"))?;
+        }
+        let source = elements(logits)?;
+        let mut losses = vec![0f32; rows];
+        let mut gradient = vec![0f32; rows * vocabulary];
+        with_round!(logits.dtype, round => {
+            let run = |first: usize, gradient: &mut [f32], losses: &mut [f32]| {
+                for (i, (d, loss)) in gradient.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
+                    let row = first + i;
+                    source.read(row * vocabulary, d);
+                    *loss = vectorised(|| one_row(d, labels[row] as usize, seed[row], round));
+                }
+            };
+            self.workers.rows2((&mut gradient, &mut losses), (vocabulary, 1), 10, run);
+        });
+        Ok((losses, tensor(gradient, logits.shape.clone(), logits.dtype)))
+    }
+}
+
+/// Loss of one row; `row` comes in as logits and goes out as (softmax − one-hot)·seed.
+/// aten's order: log p = (x − max) − log Σ e^(x − max); gradient = g − e^(log p)·Σg with g = −seed at the label.
+#[inline(always)]
+fn one_row(row: &mut [f32], label: usize, seed: f32, round: impl Round) -> f32 {
+    let max = math::max(row);
+    let sum = math::sum(row.len(), |j| math::exp(row[j] - max));
+    let log_sum = sum.ln();
+    let log_p = (row[label] - max) - log_sum;
+    for x in row.iter_mut() {
+        *x = round.apply(math::exp((*x - max) - log_sum) * seed);
+    }
+    row[label] = round.apply(math::exp(log_p) * seed - seed);
+    -log_p
+}

@@ -1,0 +1,62 @@
+//! RMSNorm as Hugging Face writes it, and its gradient with the weight frozen.
+
+use super::rounding::{Round, with_round};
+use super::simd::vectorised;
+use super::values::{expect, tensor, values};
+use super::{CpuDevice, math};
+use crate::Result;
+use crate::device::{DType, Tensor};
+
+impl CpuDevice {
+    pub(super) fn rms_norm_impl(&self, x: &Tensor, w: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Tensor)> {
+        let columns = w.elements();
+        expect(columns > 0 && x.elements().is_multiple_of(columns), "rms_norm", || {
+            format!("shape {:?} does not divide into rows of {columns}", x.shape)
+        })?;
+        let rows = x.elements() / columns;
+        let (source, weight) = (values(x)?, values(w)?);
+        let mut y = vec![0f32; source.len()];
+        let mut r = vec![0f32; rows];
+        with_round!(x.dtype, inner => with_round!(dtype, outer => {
+            self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(|| {
+                for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
+                    let x = &source[(first + i) * columns..][..columns];
+                    let mean = math::sum(columns, |j| x[j] * x[j]) / columns as f32;
+                    *r = 1.0 / (mean + eps).sqrt();
+                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight.iter()) {
+                        *y = outer.apply(w * inner.apply(x * *r));
+                    }
+                }
+            }));
+        }));
+        Ok((tensor(y, x.shape.clone(), dtype), tensor(r, vec![rows], DType::F32)))
+    }
+
+    /// aten's order of operations: mul backward (rounded to x's dtype), then in f32 the backward of x·r, rsqrt, mean, pow.
+    pub(super) fn rms_norm_grad_impl(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
+        let columns = w.elements();
+        expect(
+            columns > 0 && x.elements() == r.elements() * columns && dy.elements() == x.elements(),
+            "rms_norm_grad",
+            || format!("dy {:?}, x {:?}, w {columns}, r {}", dy.shape, x.shape, r.elements()),
+        )?;
+        let (dy, source, weight, r) = (values(dy)?, values(x)?, values(w)?, values(r)?);
+        let mut dx = vec![0f32; source.len()];
+        with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(|| {
+            for (i, dx) in dx.chunks_exact_mut(columns).enumerate() {
+                let at = (first + i) * columns;
+                let (dy, x, r) = (&dy[at..at + columns], &source[at..at + columns], r[first + i]);
+                // dx holds g = round(dy·w) until its last pass.
+                for ((g, &d), &w) in dx.iter_mut().zip(dy).zip(weight.iter()) {
+                    *g = round.apply(d * w);
+                }
+                let d_r = math::sum(columns, |j| dx[j] * x[j]);
+                let d_mean = -0.5 * d_r * (r * r * r) / columns as f32;
+                for (g, &x) in dx.iter_mut().zip(x) {
+                    *g = round.apply(*g * r + d_mean * (2.0 * x));
+                }
+            }
+        })));
+        Ok(tensor(dx, x.shape.clone(), x.dtype))
+    }
+}

@@ -1,0 +1,132 @@
+//! Gradient accumulation, AdamW and SGD, with PyTorch's order of operations (contract 6.2).
+
+use super::CpuDevice;
+use super::rounding::{Round, with_round};
+use super::simd::vectorised;
+use super::threads::Shared;
+use super::values::{expect, values, values_mut};
+use crate::Result;
+use crate::device::{AdamW, Tensor};
+
+/// The scalars of one update, computed in f64 as Python does and then rounded to f32 as aten's kernels do.
+#[derive(Clone, Copy)]
+struct Scalars {
+    decay: Option<f32>,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    correction2_root: f32,
+    epsilon: f32,
+    minus_step_size: f32,
+}
+
+impl Scalars {
+    fn new(with: &AdamW) -> Self {
+        let correction1 = 1.0 - with.beta1.powf(with.step);
+        let correction2 = 1.0 - with.beta2.powf(with.step);
+        Self {
+            decay: (with.weight_decay != 0.0).then_some((1.0 - with.learning_rate * with.weight_decay) as f32),
+            one_minus_beta1: (1.0 - with.beta1) as f32,
+            beta2: with.beta2 as f32,
+            one_minus_beta2: (1.0 - with.beta2) as f32,
+            correction2_root: correction2.sqrt() as f32,
+            epsilon: with.epsilon as f32,
+            minus_step_size: -(with.learning_rate / correction1) as f32,
+        }
+    }
+
+    /// One element. `round`: after every PyTorch op of the single-tensor loop; the fused kernel rounds at the end only.
+    #[inline(always)]
+    fn update(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32, each: impl Round, last: impl Round) {
+        if let Some(decay) = self.decay {
+            *p = each.apply(*p * decay);
+        }
+        // lerp: aten uses the other end where the weight is 0.5 or more.
+        let difference = g - *m;
+        *m = last.apply(if self.one_minus_beta1 < 0.5 {
+            *m + self.one_minus_beta1 * difference
+        } else {
+            g - difference * (1.0 - self.one_minus_beta1)
+        });
+        *v = last.apply(each.apply(*v * self.beta2) + self.one_minus_beta2 * g * g);
+        let denominator = each.apply(each.apply(each.apply(v.sqrt()) / self.correction2_root) + self.epsilon);
+        *p = last.apply(*p + self.minus_step_size * *m / denominator);
+    }
+}
+
+impl CpuDevice {
+    pub(super) fn accumulate_impl(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
+        expect(acc.shape == g.shape, "accumulate", || format!("shapes {:?} and {:?}", acc.shape, g.shape))?;
+        let source = values(g)?;
+        let dtype = acc.dtype;
+        with_round!(dtype, round => self.workers.rows(values_mut(acc)?, 1, 1, |first, run| vectorised(|| {
+            for (a, &g) in run.iter_mut().zip(&source[first..]) {
+                *a = round.apply(*a + g);
+            }
+        })));
+        Ok(())
+    }
+
+    pub(super) fn scale_in_place_impl(&self, x: &mut Tensor, s: f32) -> Result<()> {
+        let dtype = x.dtype;
+        with_round!(dtype, round => self.workers.rows(values_mut(x)?, 1, 1, |_, run| vectorised(|| {
+            for x in run {
+                *x = round.apply(*x * s);
+            }
+        })));
+        Ok(())
+    }
+
+    pub(super) fn adamw_impl(
+        &self,
+        p: &mut Tensor,
+        g: &Tensor,
+        m: &mut Tensor,
+        v: &mut Tensor,
+        with: &AdamW,
+    ) -> Result<()> {
+        let n = p.elements();
+        expect(
+            g.elements() == n && m.elements() == n && v.elements() == n && m.dtype == p.dtype && v.dtype == p.dtype,
+            "adamw",
+            || {
+                format!(
+                    "p {:?} {:?}, g {:?}, m {:?} {:?}, v {:?}",
+                    p.shape, p.dtype, g.shape, m.shape, m.dtype, v.shape
+                )
+            },
+        )?;
+        let scalars = Scalars::new(with);
+        let dtype = p.dtype;
+        let gradient = values(g)?;
+        let (m, v) = (Shared::new(values_mut(m)?), Shared::new(values_mut(v)?));
+        with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 8, |first, p| {
+            // SAFETY: `rows` hands out disjoint runs; m and v are cut exactly as p is.
+            let (m, v) = unsafe { (m.slice(first, p.len()), v.slice(first, p.len())) };
+            vectorised(|| {
+                for (((p, &g), m), v) in p.iter_mut().zip(&gradient[first..]).zip(m).zip(v) {
+                    if with.fused {
+                        scalars.update(p, g, m, v, super::rounding::ToF32, round);
+                    } else {
+                        scalars.update(p, g, m, v, round, round);
+                    }
+                }
+            });
+        }));
+        Ok(())
+    }
+
+    pub(super) fn sgd_impl(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
+        expect(p.shape == g.shape, "sgd", || format!("shapes {:?} and {:?}", p.shape, g.shape))?;
+        let gradient = values(g)?;
+        let (rate, decay) = (-learning_rate as f32, weight_decay as f32);
+        let dtype = p.dtype;
+        with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 2, |first, run| vectorised(|| {
+            for (p, &g) in run.iter_mut().zip(&gradient[first..]) {
+                let g = if decay == 0.0 { g } else { round.apply(g + decay * *p) };
+                *p = round.apply(*p + rate * g);
+            }
+        })));
+        Ok(())
+    }
+}
