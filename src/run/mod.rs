@@ -2,11 +2,28 @@
 //!
 //! Reads and validates; computes nothing. Pickles are parsed, never executed.
 
+mod adapter;
+mod attempts;
+mod checkpoint;
+mod config;
+mod evidence;
+pub mod json;
+mod keys;
+mod log;
+mod open;
+mod optimizer_file;
+pub mod pickle;
 mod semantics;
+mod settings;
+pub mod state_file;
+pub mod torch_file;
+mod versions;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+pub use checkpoint::read_training_args;
+pub use evidence::*;
 pub use semantics::*;
 
 /// A fine-tuning run as it lies on disk. Handed to every later stage; immutable.
@@ -25,6 +42,11 @@ pub struct Run {
     pub attempts: Vec<Attempt>,
     /// Ascending by step.
     pub checkpoints: Vec<Checkpoint>,
+    /// `model_type` and dtype of the base model's config.json; `None` where there is no such file.
+    pub model_type: Option<String>,
+    pub base_dtype: Option<String>,
+    /// What was noticed while reading and did not stop it: a file that was left out, an assumption.
+    pub remarks: Vec<String>,
 }
 
 /// Where a value came from; shown to the user beside it.
@@ -92,6 +114,9 @@ pub struct TrainConfig {
     pub bf16: bool,
     pub fp16: bool,
     pub pure_bf16: bool,
+    pub tf32: bool,
+    /// `use_cpu` (or the older `no_cuda`).
+    pub use_cpu: bool,
     // bookkeeping
     pub output_dir: PathBuf,
     pub overwrite_output_dir: bool,
@@ -108,6 +133,9 @@ pub struct TrainConfig {
     pub do_predict: bool,
     /// Every key the file held, as written, for lint and for patching (key → value).
     pub written: BTreeMap<String, serde_json::Value>,
+    /// Keys whose value in the file differs from what training_args.bin recorded: key, file, recorded. The
+    /// recorded one is in force.
+    pub disagreements: Vec<(String, serde_json::Value, serde_json::Value)>,
     /// Where each field above came from; a field that is absent here is a default.
     pub origins: BTreeMap<String, Origin>,
 }
@@ -133,6 +161,10 @@ pub struct Log {
     pub eval_rows: Vec<EvalRow>,
     /// `total_steps` of the last attempt, as logged.
     pub total_steps: Option<u64>,
+    /// Metrics of the eval rows of trainer_log.jsonl alone (contract 9 tells it from trainer_state.json).
+    pub eval_rows_of_trainer_log: usize,
+    pub has_trainer_log: bool,
+    pub has_trainer_state: bool,
     /// Lines that could not be read (half-written last line, foreign text): `file:line`, reason.
     pub unreadable: Vec<(String, String)>,
 }

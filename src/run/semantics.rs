@@ -1,6 +1,8 @@
 //! What changed between trainer versions, as data (contract 3.4, 5, 6, 7.4, 15). One value is one trainer;
 //! trying another row of the table is one of the experiments.
 
+use super::{Version, Versions};
+
 /// How batches of an epoch are cut into accumulation windows, and how many steps an epoch counts (contract 3.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WindowRule {
@@ -74,4 +76,64 @@ pub struct TrainerSemantics {
     pub base_in_compute_dtype: bool,
     /// The DeepSpeed engine divides gradients by GA once more (4.46–4.48, contract 5.7).
     pub deepspeed_divides_again: bool,
+}
+
+impl TrainerSemantics {
+    /// The row of the table for these versions. What is unknown behaves as the newest version that was run here.
+    ///
+    /// `model_type` is config.json's; `optim` as configured. Sources: contract 2.5, 3.4, 4.2, 5, 7.4, 15.
+    pub fn of(versions: &Versions, model_type: Option<&str>, optim: &str) -> Self {
+        let tf = versions.transformers.as_ref().map_or(Version(5, 6, 0), |(v, _)| *v);
+        let accelerate = versions.accelerate.as_ref().map_or(Version(1, 11, 0), |(v, _)| *v);
+        let factory = versions.llamafactory.as_ref().map_or(Version(0, 9, 5), |(v, _)| *v);
+        Self {
+            windows: window_rule(tf),
+            loss: loss_rule(tf, model_type),
+            count_shifted: (Version(4, 46, 0)..Version(4, 46, 2)).contains(&tf),
+            logged_lr: if tf < Version(4, 51, 0) { LoggedLearningRate::Next } else { LoggedLearningRate::Used },
+            rounds_loss: tf < Version(5, 0, 0),
+            resume_order: resume_order(tf, accelerate),
+            resume_restarts_count: (Version(4, 47, 0)..Version(4, 57, 0)).contains(&tf),
+            averages_tokens: tf >= Version(4, 55, 0),
+            logs_unclipped_norm: tf >= Version(5, 0, 0),
+            skip_advances_schedule: optim == "adamw_torch_fused",
+            eos_label_at_zero: factory <= Version(0, 9, 3),
+            splits_before_tokenizing: factory >= Version(0, 9, 3),
+            base_in_compute_dtype: factory <= Version(0, 9, 3),
+            deepspeed_divides_again: (Version(4, 46, 0)..Version(4, 49, 0)).contains(&tf),
+        }
+    }
+}
+
+/// Contract 3.4.
+fn window_rule(tf: Version) -> WindowRule {
+    if tf < Version(4, 46, 0) {
+        WindowRule::AcrossEpochs
+    } else if tf < Version(4, 47, 0) {
+        WindowRule::FloorAcross
+    } else if tf < Version(4, 52, 0) {
+        WindowRule::FloorLeak
+    } else {
+        WindowRule::Ceil
+    }
+}
+
+/// Contract 5.1. From 4.48 on the four model types that are replayed all take loss keywords; in 4.46 and 4.47 the
+/// forward needed a parameter named `loss_kwargs`, which mistral lacks (15.7).
+fn loss_rule(tf: Version, model_type: Option<&str>) -> LossRule {
+    let lacks_keywords = model_type == Some("mistral") && tf < Version(4, 48, 0);
+    if tf < Version(4, 46, 0) {
+        LossRule::MeanOverAccumulation
+    } else if lacks_keywords && tf >= Version(4, 46, 2) {
+        LossRule::MeanUndivided
+    } else {
+        LossRule::TokenMean
+    }
+}
+
+/// Contract 7.4. accelerate 1.6 was never tried; it is taken for 1.5.
+fn resume_order(tf: Version, accelerate: Version) -> ResumeOrder {
+    let epoch_set_after_skip = tf >= Version(5, 0, 0);
+    let wrong = if accelerate >= Version(1, 7, 0) { !epoch_set_after_skip } else { epoch_set_after_skip };
+    if wrong { ResumeOrder::EpochZero } else { ResumeOrder::Right }
 }

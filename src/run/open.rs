@@ -1,0 +1,288 @@
+//! [`Run::open`]: the pipeline from a path to a [`Run`].
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::attempts::{self, Process};
+use super::checkpoint::read_training_args;
+use super::settings::Settings;
+use super::state_file::{TrainerLog, TrainerState};
+use super::versions::VersionEvidence;
+use super::{Attempt, Checkpoint, Run, TrainConfig, TrainerSemantics, Versions, keys, log};
+use crate::{Error, Result};
+
+impl Run {
+    /// Opens a run.
+    ///
+    /// - `path`: a configuration (YAML or JSON), or a folder with exactly one (`train.yaml` preferred).
+    /// - `root`: the folder that relative paths inside the configuration start from.
+    /// - `overrides`: `key`, `value` pairs laid over the configuration of every attempt.
+    /// - `versions`: package, version pairs that win over everything the files say.
+    ///
+    /// # Errors
+    /// Unreadable files, unknown keys, wrong values, and keys that change the numbers and are not covered; each names
+    /// its file and key.
+    pub fn open(
+        path: &Path,
+        root: &Path,
+        overrides: &[(String, String)],
+        versions: &[(String, String)],
+    ) -> Result<Self> {
+        let config_path = find_config(path)?;
+        let settings = Settings::read(&config_path, overrides)?;
+        keys::check_covered(&settings)?;
+        let model = BaseConfig::read(&settings, root)?;
+        model.check_rope(&settings)?;
+        let mut files = OutputFiles::read(&settings, root)?;
+        let beside = config_path.parent().map(|dir| dir.join("versions.json"));
+        let versions = Versions::resolve(versions, beside.as_deref(), &files.evidence(&settings, &model))?;
+        let optim = settings.find("optim").and_then(|(v, _)| v.as_str().map(str::to_lowercase));
+        let semantics = TrainerSemantics::of(&versions, model.model_type.as_deref(), optim.as_deref().unwrap_or(""));
+        let mut builder = Builder { settings, versions, semantics };
+        let draft = builder.config(None, &files)?;
+        builder.semantics = TrainerSemantics::of(&builder.versions, model.model_type.as_deref(), &draft.optim);
+        let processes = files.processes(&draft);
+        let starts: Vec<u64> = processes.iter().map(|p| p.resumed_from.unwrap_or(0)).collect();
+        let spans: Vec<log::Span> = processes.iter().map(|p| p.span.clone()).collect();
+        let log = log::assemble(&spans, &starts, files.log.as_ref(), files.newest_state());
+        let attempts = processes.into_iter().map(|p| builder.attempt(p, &files)).collect::<Result<Vec<_>>>()?;
+        let config = attempts.last().map_or(draft, |a| a.config.clone());
+        Ok(Self {
+            root: root.to_owned(),
+            config_path,
+            config,
+            versions: builder.versions,
+            semantics: builder.semantics,
+            log,
+            attempts,
+            checkpoints: files.checkpoints,
+            model_type: model.model_type,
+            base_dtype: model.dtype,
+            remarks: files.remarks,
+        })
+    }
+
+    /// A path of the configuration, resolved against the root.
+    pub fn path(&self, relative: &Path) -> PathBuf {
+        self.root.join(relative)
+    }
+
+    /// The checkpoint of this step.
+    ///
+    /// # Errors
+    /// None such; the message lists those that exist.
+    pub fn checkpoint(&self, step: u64) -> Result<&Checkpoint> {
+        self.checkpoints.iter().find(|c| c.step == step).ok_or_else(|| {
+            let known: Vec<String> = self.checkpoints.iter().map(|c| c.step.to_string()).collect();
+            Error::input(format!("there is no checkpoint-{step}")).at_path(&self.path(&self.config.output_dir)).next(
+                format!("checkpoints on disk: {}", if known.is_empty() { "none".into() } else { known.join(", ") }),
+            )
+        })
+    }
+}
+
+struct Builder {
+    settings: Settings,
+    versions: Versions,
+    semantics: TrainerSemantics,
+}
+
+impl Builder {
+    fn config(&self, arguments: Option<&Value>, files: &OutputFiles) -> Result<TrainConfig> {
+        let settings = match arguments {
+            Some(arguments) => self.settings.clone().with_recorded(arguments),
+            None => self.settings.clone(),
+        };
+        keys::check_covered(&settings)?;
+        let written = settings.find(keys::WORLD_SIZE).is_some();
+        let mut config = TrainConfig::from_settings(settings, &self.versions, &self.semantics)?;
+        if !written && let Some((ranks, origin)) = files.world_size(arguments) {
+            config.world_size = ranks;
+            config.origins.insert(keys::WORLD_SIZE.into(), super::Origin::Evidence(origin));
+        }
+        Ok(config)
+    }
+
+    fn attempt(&self, process: Process, files: &OutputFiles) -> Result<Attempt> {
+        Ok(Attempt {
+            config: self.config(process.arguments.as_ref(), files)?,
+            resumed_from: process.resumed_from,
+            first_step: process.span.first_step(),
+            last_step: process.span.last_step(),
+            total_steps: process.span.total_steps(),
+        })
+    }
+}
+
+/// The base model's config.json, as far as it decides how the run is read.
+struct BaseConfig {
+    model_type: Option<String>,
+    dtype: Option<String>,
+    max_positions: Option<u64>,
+}
+
+impl BaseConfig {
+    /// A missing config.json is no error here: the log can be inspected without the model.
+    fn read(settings: &Settings, root: &Path) -> Result<Self> {
+        let folder = settings.find("model_name_or_path").and_then(|(v, _)| v.as_str().map(PathBuf::from));
+        let path = root.join(folder.unwrap_or_default()).join("config.json");
+        let value = match std::fs::read_to_string(&path) {
+            Ok(text) => super::json::parse(&text).map_err(|e| {
+                Error::input(format!("invalid JSON: {e}")).at_path(&path).next("copy the model's config.json again")
+            })?,
+            Err(_) => Value::Null,
+        };
+        let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+        Ok(Self {
+            model_type: text("model_type"),
+            dtype: text("dtype").or_else(|| text("torch_dtype")),
+            max_positions: value.get("max_position_embeddings").and_then(Value::as_u64),
+        })
+    }
+
+    /// LLaMA-Factory switches rope_scaling off where the rows fit the model's positions.
+    fn check_rope(&self, settings: &Settings) -> Result<()> {
+        let Some((value, _)) = settings.find("rope_scaling").filter(|(v, _)| !v.is_null()) else { return Ok(()) };
+        let cutoff = settings.find("cutoff_len").and_then(|(v, _)| v.as_u64()).unwrap_or(2048);
+        if self.max_positions.is_some_and(|positions| cutoff <= positions) {
+            return Ok(());
+        }
+        Err(Error::refused(format!("rope scaling {} is not covered by a replay", settings.show(&value)))
+            .at(settings.place("rope_scaling"))
+            .next("it has no effect while cutoff_len is within the model's max_position_embeddings"))
+    }
+}
+
+/// What the output folder holds.
+struct OutputFiles {
+    log: Option<TrainerLog>,
+    state: Option<TrainerState>,
+    checkpoint_states: Vec<TrainerState>,
+    final_arguments: Option<Value>,
+    arguments: Vec<Option<Value>>,
+    checkpoints: Vec<Checkpoint>,
+    remarks: Vec<String>,
+}
+
+impl OutputFiles {
+    fn read(settings: &Settings, root: &Path) -> Result<Self> {
+        let folder = settings.find("output_dir").and_then(|(v, _)| v.as_str().map(PathBuf::from));
+        let Some(output) = folder.map(|folder| root.join(folder)) else {
+            return Err(Error::input("this key is missing")
+                .at(settings.place("output_dir"))
+                .next("add `output_dir: …`"));
+        };
+        let mut remarks = Vec::new();
+        let log = Some(output.join("trainer_log.jsonl")).filter(|p| p.is_file());
+        let log = log.map(|p| TrainerLog::read(&p)).transpose()?;
+        let mut optional = |path: PathBuf| note(&path, TrainerState::read, &mut remarks);
+        let state = optional(output.join("trainer_state.json"));
+        let checkpoints = Checkpoint::list(&output)?;
+        // Newest first: a later state repeats the earlier ones' history.
+        let checkpoint_states =
+            checkpoints.iter().rev().filter_map(|c| optional(c.dir.join("trainer_state.json"))).collect();
+        let mut arguments_of = |dir: &Path| note(&dir.join("training_args.bin"), read_training_args, &mut remarks);
+        let final_arguments = arguments_of(&output);
+        let arguments = checkpoints.iter().map(|c| arguments_of(&c.dir)).collect();
+        Ok(Self { log, state, checkpoint_states, final_arguments, arguments, checkpoints, remarks })
+    }
+
+    fn newest_state(&self) -> Option<&TrainerState> {
+        self.state.as_ref().or(self.checkpoint_states.first())
+    }
+
+    fn evidence<'a>(&'a self, settings: &Settings, model: &'a BaseConfig) -> VersionEvidence<'a> {
+        VersionEvidence {
+            state: self.newest_state(),
+            arguments: self.arguments.iter().flatten().next_back().or(self.final_arguments.as_ref()),
+            adapter_peft: self
+                .checkpoints
+                .iter()
+                .rev()
+                .find_map(|c| c.adapter_config()?.get("peft_version")?.as_str().map(str::to_owned)),
+            gradient_accumulation_steps: settings
+                .find("gradient_accumulation_steps")
+                .and_then(|(v, _)| super::settings::as_float(&v)),
+            model_type: model.model_type.as_deref(),
+        }
+    }
+
+    fn processes(&mut self, draft: &TrainConfig) -> Vec<Process> {
+        let states: Vec<&TrainerState> = self.state.iter().chain(&self.checkpoint_states).collect();
+        let mut spans = log::spans(self.log.as_ref(), &states);
+        let resumes = self.arguments.iter().flatten().chain(&self.final_arguments).filter_map(attempts::resumed_step);
+        let last_resume = draft.resume_from_checkpoint.as_deref().and_then(attempts::step_of);
+        let mut cuts: Vec<u64> = resumes.chain(last_resume).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+        for step in cuts {
+            log::split_at_resume(&mut spans, step);
+        }
+        attempts::reconstruct(
+            spans,
+            &mut self.checkpoints,
+            &self.arguments,
+            self.final_arguments.as_ref(),
+            last_resume,
+            draft.logging_steps as u64,
+        )
+    }
+
+    /// Number of data-parallel processes, where the files tell.
+    fn world_size(&self, arguments: Option<&Value>) -> Option<(usize, String)> {
+        let recorded = arguments.and_then(|a| a.get("num_processes")?.as_u64());
+        if let Some(count) = recorded.and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0) {
+            return Some((count, "num_processes in training_args.bin".into()));
+        }
+        let checkpoint = self.checkpoints.last()?;
+        let ranks = checkpoint.ranks();
+        (ranks > 1).then(|| (ranks, format!("rng_state_0 … rng_state_{} in checkpoint-{}", ranks - 1, checkpoint.step)))
+    }
+}
+
+/// Reads a file that a run can do without; what is wrong with it becomes a remark.
+fn note<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, remarks: &mut Vec<String>) -> Option<T> {
+    if !path.is_file() {
+        return None;
+    }
+    read(path).map_err(|e| remarks.push(format!("left out: {e}"))).ok()
+}
+
+/// The configuration that `path` means.
+fn find_config(path: &Path) -> Result<PathBuf> {
+    if path.is_file() {
+        return Ok(path.to_owned());
+    }
+    if !path.is_dir() {
+        return Err(Error::input("no such file or folder")
+            .at_path(path)
+            .next("give a LLaMA-Factory YAML or its folder"));
+    }
+    let preferred = path.join("train.yaml");
+    if preferred.is_file() {
+        return Ok(preferred);
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
+    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| is_config(p)).collect();
+    found.sort();
+    match found.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => Err(Error::input("the folder holds no configuration")
+            .at_path(path)
+            .next("give the YAML that the run was started with (a file with model_name_or_path, dataset, output_dir)")),
+        several => {
+            let names: Vec<_> = several.iter().filter_map(|p| p.file_name()?.to_str()).collect();
+            Err(Error::input(format!("several configurations: {}", names.join(", ")))
+                .at_path(path)
+                .next("name one of them instead of the folder"))
+        }
+    }
+}
+
+/// A YAML or JSON file that names a model.
+fn is_config(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    matches!(extension, "yaml" | "yml" | "json")
+        && std::fs::read_to_string(path).is_ok_and(|text| text.contains("model_name_or_path"))
+}

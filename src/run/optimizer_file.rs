@@ -1,0 +1,201 @@
+//! optimizer.pt, scheduler.pt, scaler.pt and rng_state.pth → plain values (contract 7.2).
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::pickle::View;
+use super::torch_file::{TensorRecipe, TorchFile};
+use super::{AdapterWeights, MatrixState, OptimizerFile, ScalerFile, SchedulerFile};
+use crate::{Error, Result};
+
+impl OptimizerFile {
+    /// Reads optimizer.pt and checks its tensors against the adapter's shapes.
+    ///
+    /// An optimizer without moments (SGD) has no states.
+    ///
+    /// # Errors
+    /// Damaged file, missing entries, shapes that are not the adapter's.
+    pub fn read(path: &Path, adapter: &AdapterWeights) -> Result<Self> {
+        let mut file = TorchFile::open(path)?;
+        let plan = Plan::of(file.pickle.root()).map_err(|e| e.at_path(path))?;
+        if plan.states.is_empty() {
+            return Ok(Self { states: Vec::new(), group_lr: plan.group_lr });
+        }
+        let order = registration_order(&plan.groups, adapter.modules.len()).map_err(|e| e.at_path(path))?;
+        let mut states = Vec::with_capacity(order.len());
+        for (place, index) in order.into_iter().enumerate() {
+            let module = &adapter.modules[place / 2];
+            let shape = if place % 2 == 0 { [module.rank, module.fan_in] } else { [module.fan_out, module.rank] };
+            let name = format!("{}.lora_{}", module.path, if place % 2 == 0 { 'A' } else { 'B' });
+            let recipe = plan
+                .states
+                .get(&index)
+                .ok_or_else(|| Error::input(format!("state {index} is missing")).at(&name).at_path(path))?;
+            states.push(recipe.read(&mut file, &name, shape)?);
+        }
+        Ok(Self { states, group_lr: plan.group_lr })
+    }
+}
+
+/// What the pickle says before any tensor is read.
+struct Plan {
+    groups: Vec<Vec<i64>>,
+    group_lr: Vec<f64>,
+    states: HashMap<i64, StateRecipe>,
+}
+
+struct StateRecipe {
+    step: StepRecipe,
+    exp_avg: TensorRecipe,
+    exp_avg_sq: TensorRecipe,
+}
+
+/// `step` is a tensor since torch 1.12, a number before.
+enum StepRecipe {
+    Number(f64),
+    Tensor(TensorRecipe),
+}
+
+impl Plan {
+    fn of(root: View<'_>) -> Result<Self> {
+        let broken = |what: &str| {
+            Error::input(format!("not an optimizer state: {what}"))
+                .next("DeepSpeed keeps its state elsewhere (global_step*/); use a checkpoint of the plain Trainer")
+        };
+        let groups = root.get("param_groups").and_then(View::elements).ok_or_else(|| broken("no param_groups"))?;
+        let mut plan = Self { groups: Vec::new(), group_lr: Vec::new(), states: HashMap::new() };
+        for group in groups {
+            let indices =
+                group.get("params").and_then(View::elements).ok_or_else(|| broken("a group without params"))?;
+            plan.groups.push(indices.into_iter().filter_map(View::as_i64).collect());
+            plan.group_lr.push(group.get("lr").and_then(View::as_f64).ok_or_else(|| broken("a group without lr"))?);
+        }
+        let states = root.get("state").and_then(View::entries).ok_or_else(|| broken("no state"))?;
+        for (index, state) in states {
+            let index = index.as_i64().ok_or_else(|| broken("a state without an index"))?;
+            if let Some(recipe) = StateRecipe::of(state) {
+                plan.states.insert(index, recipe);
+            }
+        }
+        Ok(plan)
+    }
+}
+
+impl StateRecipe {
+    /// `None`: an entry without Adam's moments.
+    fn of(state: View<'_>) -> Option<Self> {
+        let step = state.get("step")?;
+        Some(Self {
+            step: match step.as_f64() {
+                Some(number) => StepRecipe::Number(number),
+                None => StepRecipe::Tensor(TensorRecipe::of(step)?),
+            },
+            exp_avg: TensorRecipe::of(state.get("exp_avg")?)?,
+            exp_avg_sq: TensorRecipe::of(state.get("exp_avg_sq")?)?,
+        })
+    }
+
+    fn read(&self, file: &mut TorchFile, name: &str, shape: [usize; 2]) -> Result<MatrixState> {
+        for (what, recipe) in [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)] {
+            if recipe.shape != shape {
+                return Err(Error::input(format!("{what} has shape {:?}, the adapter {shape:?}", recipe.shape))
+                    .at(name)
+                    .at_path(file.path())
+                    .next("optimizer.pt and adapter_model.safetensors are not of the same run"));
+            }
+        }
+        let step = match &self.step {
+            StepRecipe::Number(number) => *number,
+            StepRecipe::Tensor(recipe) => {
+                let values = file.tensor(recipe, name)?.values;
+                values
+                    .first()
+                    .copied()
+                    .map(f64::from)
+                    .ok_or_else(|| Error::input("an empty step counter").at(name).at_path(file.path()))?
+            }
+        };
+        Ok(MatrixState {
+            step,
+            exp_avg: file.tensor(&self.exp_avg, name)?.values,
+            exp_avg_sq: file.tensor(&self.exp_avg_sq, name)?.values,
+        })
+    }
+}
+
+/// State indices in the order A, B of each module. One group of all matrices keeps registration order; LoRA+ has
+/// all A first, then all B (contract 6.5).
+fn registration_order(groups: &[Vec<i64>], modules: usize) -> Result<Vec<i64>> {
+    let all: Vec<i64> = groups.concat();
+    if all.len() != 2 * modules {
+        return Err(Error::input(format!("the optimizer holds {} tensors, the adapter {}", all.len(), 2 * modules))
+            .next("optimizer.pt and adapter_model.safetensors are not of the same run"));
+    }
+    let plus = groups.first().is_some_and(|g| g.len() == modules) && modules > 0;
+    if !plus {
+        return Ok(all);
+    }
+    Ok((0..modules).flat_map(|m| [all[m], all[modules + m]]).collect())
+}
+
+impl SchedulerFile {
+    /// Reads scheduler.pt.
+    ///
+    /// # Errors
+    /// Damaged file or missing entries.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = TorchFile::open(path)?;
+        let root = file.pickle.root();
+        let floats =
+            |key: &str| -> Option<Vec<f64>> { root.get(key)?.elements()?.into_iter().map(View::as_f64).collect() };
+        let parse = || {
+            Some(Self {
+                base_lrs: floats("base_lrs")?,
+                last_epoch: u64::try_from(root.get("last_epoch")?.as_i64()?).ok()?,
+                last_lr: floats("_last_lr")?,
+            })
+        };
+        parse().ok_or_else(|| Error::input("not the state of a LambdaLR schedule").at_path(path))
+    }
+}
+
+impl ScalerFile {
+    /// Reads scaler.pt.
+    ///
+    /// # Errors
+    /// Damaged file or missing entries.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = TorchFile::open(path)?;
+        let root = file.pickle.root();
+        let float = |key: &str| root.get(key)?.as_f64();
+        let whole = |key: &str| u64::try_from(root.get(key)?.as_i64()?).ok();
+        let parse = || {
+            Some(Self {
+                scale: float("scale")?,
+                growth_factor: float("growth_factor")?,
+                backoff_factor: float("backoff_factor")?,
+                growth_interval: whole("growth_interval")?,
+                growth_tracker: whole("_growth_tracker")?,
+            })
+        };
+        parse().ok_or_else(|| {
+            Error::input("not the state of a GradScaler").at_path(path).next("a disabled scaler saves nothing to read")
+        })
+    }
+}
+
+/// The seed: the first 8 bytes of the CPU generator's state in rng_state.pth (contract 7.2).
+///
+/// # Errors
+/// Damaged file, no `cpu` entry.
+pub fn read_seed(path: &Path) -> Result<u64> {
+    let mut file = TorchFile::open(path)?;
+    let recipe = file.pickle.root().get("cpu").and_then(TensorRecipe::of);
+    let recipe = recipe.ok_or_else(|| Error::input("no state of the CPU generator").at("cpu").at_path(path))?;
+    let bytes = file.storage(&recipe)?;
+    let mut seed = [0; 8];
+    seed.copy_from_slice(
+        bytes.get(..8).ok_or_else(|| Error::input("the generator's state is short").at("cpu").at_path(path))?,
+    );
+    Ok(u64::from_le_bytes(seed))
+}
