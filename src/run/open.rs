@@ -105,8 +105,13 @@ impl Builder {
     }
 
     fn attempt(&self, process: Process, files: &OutputFiles) -> Result<Attempt> {
+        let mut config = self.config(process.arguments.as_ref(), files)?;
+        if process.resumed_from.is_none() {
+            // The configuration on disk is the last attempt's.
+            config.resume_from_checkpoint = None;
+        }
         Ok(Attempt {
-            config: self.config(process.arguments.as_ref(), files)?,
+            config,
             resumed_from: process.resumed_from,
             first_step: process.span.first_step(),
             last_step: process.span.last_step(),
