@@ -6,7 +6,12 @@
 //! This folder decides; it replays only through a trait, so that every rule is tested on scripted evidence.
 //! What people read of a [`Diagnosis`] is made in `report/`.
 
+pub mod detect;
+pub mod evidence;
 pub mod number;
+pub mod shares;
+mod summary;
+pub mod verdict;
 
 use std::collections::BTreeMap;
 
