@@ -1,7 +1,30 @@
 //! Dataset rows → tokens → sample order → windows of micro-batches, exactly as the trainer cut them.
 
+mod align;
+mod corpus;
+mod encode;
+mod plan;
+mod random;
+mod rows;
+mod shard;
+mod source;
+mod split;
+mod surfaces;
+mod template;
+mod tokenizer;
+mod windows;
+
 use std::ops::Range;
 use std::path::PathBuf;
+
+pub use align::Conversation;
+pub use encode::{Element, Encoding, Turn, infer_seqlen};
+pub use plan::Plan;
+pub use random::{Mt19937, numpy_permutation, randperm};
+pub use shard::Shards;
+pub use split::split;
+pub use template::{NAMES, Slot, Template, template};
+pub use tokenizer::Tokenizer;
 
 /// Label of a position that carries no loss (PyTorch's ignore_index).
 pub const IGNORE: i32 = -100;
@@ -63,6 +86,8 @@ pub struct Corpus {
     pub dropped: Vec<(RowId, String)>,
     pub vocab_size: usize,
     pub pad_token_id: u32,
+    /// Where the rows lie, for [`Corpus::row_text`]; index as in `datasets`.
+    sources: Vec<source::Source>,
 }
 
 /// One forward/backward of the trainer.

@@ -1,0 +1,172 @@
+//! The random number generators of the trainer's data path, bit for bit: PyTorch's CPU generator (also the
+//! one behind LoRA's initial weights), numpy's `default_rng` (the validation split) and numpy's legacy
+//! global stream (`num_samples`). What is drawn with them, and when, is the business of the callers.
+//!
+//! Known answers: `randperm.json`, `val_split.json`, `numpy_legacy.json`.
+
+/// mt19937 as PyTorch's CPU generator and numpy's legacy `RandomState` seed and temper it (contract 3.2).
+#[derive(Debug, Clone)]
+pub struct Mt19937 {
+    state: [u32; 624],
+    next: usize,
+}
+
+impl Mt19937 {
+    /// `torch.Generator().manual_seed(seed)`, `np.random.seed(seed)`: only the low 32 bits count.
+    pub fn new(seed: u64) -> Self {
+        let mut state = [0u32; 624];
+        state[0] = seed as u32;
+        for j in 1..624 {
+            let previous = state[j - 1];
+            state[j] = 1_812_433_253u32.wrapping_mul(previous ^ (previous >> 30)).wrapping_add(j as u32);
+        }
+        Self { state, next: 624 }
+    }
+
+    pub fn next_u32(&mut self) -> u32 {
+        if self.next == 624 {
+            self.twist();
+        }
+        let mut y = self.state[self.next];
+        self.next += 1;
+        y ^= y >> 11;
+        y ^= (y << 7) & 0x9d2c_5680;
+        y ^= (y << 15) & 0xefc6_0000;
+        y ^ (y >> 18)
+    }
+
+    fn twist(&mut self) {
+        for k in 0..624 {
+            let y = (self.state[k] & 0x8000_0000) | (self.state[(k + 1) % 624] & 0x7fff_ffff);
+            let odd = if y & 1 == 1 { 0x9908_b0df } else { 0 };
+            self.state[k] = self.state[(k + 397) % 624] ^ (y >> 1) ^ odd;
+        }
+        self.next = 0;
+    }
+
+    /// Uniform in `0..=max` as numpy's legacy `random_interval` draws it: masked rejection.
+    fn interval(&mut self, max: u32) -> u32 {
+        masked_rejection(max, || self.next_u32())
+    }
+
+    /// `np.random.permutation(n)` on the global stream: Fisher–Yates from the end.
+    pub fn numpy_permutation(&mut self, n: u32) -> Vec<u32> {
+        shuffled(n, |i| self.interval(i))
+    }
+
+    /// `np.random.choice(n, count)` (with replacement) on the global stream. `n` > 0.
+    pub fn numpy_choice(&mut self, n: u32, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.interval(n.saturating_sub(1))).collect()
+    }
+}
+
+/// `torch.randperm(n, generator=torch.Generator().manual_seed(seed))`, the sampler's order of one epoch
+/// (contract 3.2). Valid for n < 2³² / 20; beyond that PyTorch draws 64-bit numbers.
+pub fn randperm(seed: u64, n: u32) -> Vec<u32> {
+    let mut generator = Mt19937::new(seed);
+    let mut order: Vec<u32> = (0..n).collect();
+    for i in 0..n.saturating_sub(1) {
+        let offset = generator.next_u32() % (n - i);
+        order.swap(i as usize, (i + offset) as usize);
+    }
+    order
+}
+
+/// `np.random.default_rng(seed).permutation(n)`, the shuffle behind `train_test_split` (contract 2.3).
+pub fn numpy_permutation(seed: u64, n: u32) -> Vec<u32> {
+    let mut generator = Pcg64::new(seed);
+    shuffled(n, |i| masked_rejection(i, || generator.next_u32()))
+}
+
+/// Fisher–Yates from the last element down, `below(i)` uniform in `0..=i`.
+fn shuffled(n: u32, mut below: impl FnMut(u32) -> u32) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..n).collect();
+    for i in (1..n).rev() {
+        order.swap(i as usize, below(i) as usize);
+    }
+    order
+}
+
+/// Uniform in `0..=max`: numbers are cut to the bits of `max` and redrawn while above it. No draw for 0.
+fn masked_rejection(max: u32, mut draw: impl FnMut() -> u32) -> u32 {
+    if max == 0 {
+        return 0;
+    }
+    let mask = u32::MAX >> max.leading_zeros();
+    loop {
+        let value = draw() & mask;
+        if value <= max {
+            return value;
+        }
+    }
+}
+
+/// numpy's PCG64 (XSL-RR 128/64), seeded through `SeedSequence`.
+struct Pcg64 {
+    state: u128,
+    increment: u128,
+    /// High half of the last 64-bit number, handed out by the next 32-bit draw.
+    buffered: Option<u32>,
+}
+
+impl Pcg64 {
+    const MULTIPLIER: u128 = 0x2360_ED05_1FC6_5DA4_4385_DF64_9FCC_F645;
+
+    fn new(seed: u64) -> Self {
+        let words = seed_sequence(seed);
+        let long = |i: usize| u128::from(words[2 * i]) | (u128::from(words[2 * i + 1]) << 32);
+        let initial = (long(0) << 64) | long(1);
+        let sequence = (long(2) << 64) | long(3);
+        let mut generator = Self { state: 0, increment: (sequence << 1) | 1, buffered: None };
+        generator.step();
+        generator.state = generator.state.wrapping_add(initial);
+        generator.step();
+        generator
+    }
+
+    fn step(&mut self) {
+        self.state = self.state.wrapping_mul(Self::MULTIPLIER).wrapping_add(self.increment);
+    }
+
+    fn next_u32(&mut self) -> u32 {
+        if let Some(high) = self.buffered.take() {
+            return high;
+        }
+        self.step();
+        let high = (self.state >> 64) as u64;
+        let value = (high ^ self.state as u64).rotate_right((high >> 58) as u32);
+        self.buffered = Some((value >> 32) as u32);
+        value as u32
+    }
+}
+
+/// Eight words of `np.random.SeedSequence(seed).generate_state(8)`.
+fn seed_sequence(seed: u64) -> [u32; 8] {
+    fn mix(x: u32, y: u32) -> u32 {
+        let r = 0xca01_f9ddu32.wrapping_mul(x).wrapping_sub(0x4973_f715u32.wrapping_mul(y));
+        r ^ (r >> 16)
+    }
+    let mut constant = 0x43b0_d7e5u32;
+    let mut hash = |mut value: u32| {
+        value ^= constant;
+        constant = constant.wrapping_mul(0x931e_8875);
+        value = value.wrapping_mul(constant);
+        value ^ (value >> 16)
+    };
+    // A 64-bit seed is at most two words; the pool's other words hash a zero.
+    let mut pool = [hash(seed as u32), hash((seed >> 32) as u32), hash(0), hash(0)];
+    for source in 0..4 {
+        for target in 0..4 {
+            if source != target {
+                pool[target] = mix(pool[target], hash(pool[source]));
+            }
+        }
+    }
+    let mut constant = 0x8b51_f9ddu32;
+    std::array::from_fn(|k| {
+        let mut value = pool[k % 4] ^ constant;
+        constant = constant.wrapping_mul(0x58f3_8ded);
+        value = value.wrapping_mul(constant);
+        value ^ (value >> 16)
+    })
+}
