@@ -1,1 +1,10 @@
-//! (filled by its area)
+//! Vectors: orders, splits, ids, labels, windows.
+
+#[path = "batches/common.rs"]
+mod common;
+#[path = "batches/orders.rs"]
+mod orders; // generators, splits, lengths
+#[path = "batches/templates.rs"]
+mod templates; // template elements and encoded rows
+#[path = "batches/windows.rs"]
+mod windows; // shards, windows, leaks, resumes

@@ -1,0 +1,63 @@
+//! Template elements and encoded rows against LLaMA-Factory 0.9.5.
+
+use serde_json::Value;
+use spikeprobe::batches::{Conversation, Element, Encoding, NAMES, template};
+
+use super::common::*;
+
+/// Elements as the vectors write them: texts, "BOS", "EOS"; empty texts left out.
+fn written(elements: &[Element]) -> Vec<String> {
+    let text = |element: &Element| match element {
+        Element::Bos => "BOS".to_string(),
+        Element::Eos => "EOS".to_string(),
+        Element::Text(pieces) => pieces.iter().map(|(_, text)| text.as_str()).collect(),
+    };
+    elements.iter().map(text).filter(|text| !text.is_empty()).collect()
+}
+
+fn conversation(messages: &Value, system: &str) -> Conversation {
+    let text = |message: &Value| message[1].as_str().unwrap().to_string();
+    let messages = messages.as_array().unwrap();
+    Conversation {
+        system: system.into(),
+        turns: messages.chunks(2).map(|pair| (text(&pair[0]), text(&pair[1]))).collect(),
+    }
+}
+
+/// `single|system='SYS'|enable_thinking=False` → (conversation, system, enable_thinking).
+fn options(case: &str) -> (&str, &str, Option<bool>) {
+    let mut parts = case.split('|');
+    let (name, system) = (parts.next().unwrap(), parts.next().unwrap());
+    let thinking = match parts.next() {
+        None | Some("enable_thinking=True") => Some(true),
+        Some("enable_thinking=False") => Some(false),
+        Some("enable_thinking=None") => None,
+        Some(other) => panic!("unknown option {other}"),
+    };
+    (name, system.strip_prefix("system='").unwrap().strip_suffix('\'').unwrap(), thinking)
+}
+
+#[test]
+fn every_template_makes_the_elements_of_llamafactory_0_9_5() {
+    let vectors = vector("templates.json");
+    let templates = vectors["templates"].as_object().unwrap();
+    assert_eq!(templates.len(), NAMES.len(), "a template is without a known answer");
+    for (name, expected) in templates {
+        let found = template(name, version("0.9.5")).unwrap();
+        assert_eq!(found.efficient_eos, expected["efficient_eos"], "{name}");
+        assert_eq!(found.replace_eos, expected["replace_eos"], "{name}");
+        assert_eq!(found.default_system, expected["default_system"].as_str().unwrap(), "{name}");
+        let stop_words: Vec<&str> =
+            expected["stop_words"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+        assert_eq!(found.stop_words, stop_words, "{name}");
+        for (case, expected) in expected["cases"].as_object().unwrap() {
+            let (messages, system, thinking) = options(case);
+            let encoding =
+                Encoding { enable_thinking: thinking, ..Encoding::of_version(found.clone(), version("0.9.5")) };
+            let turns = encoding.turns(&conversation(&vectors["conversations"][messages], system));
+            let turns: Vec<[Vec<String>; 2]> =
+                turns.iter().map(|turn| [written(&turn.source), written(&turn.target)]).collect();
+            assert_eq!(serde_json::to_value(&turns).unwrap(), *expected, "{name}, {case}");
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Shards, windows, leaks and resumes against accelerate and transformers of both generations.
