@@ -249,7 +249,7 @@ impl<'a> Machine<'a> {
         Ok(self.stack.split_off(mark))
     }
     fn pairs(&self, items: &[Id]) -> Result<Vec<(Id, Id)>> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err(self.fail("a key without a value"));
         }
         Ok(items.chunks_exact(2).map(|p| (p[0], p[1])).collect())

@@ -65,7 +65,7 @@ impl Settings {
         let value: Value = if json {
             super::json::parse(&text).map_err(|e| Error::input(format!("invalid JSON: {e}")).at_path(path))?
         } else {
-            serde_yaml_ng::from_str(&text).map_err(|e| Error::input(format!("invalid YAML: {e}")).at_path(path))?
+            parse_yaml(&text).map_err(|e| Error::input(format!("invalid YAML: {e}")).at_path(path))?
         };
         let Value::Object(map) = value else {
             return Err(Error::input("a configuration is a flat list of `key: value`").at_path(path));
@@ -82,7 +82,7 @@ impl Settings {
         let mut parsed = BTreeMap::new();
         for (key, text) in overrides {
             super::keys::check_known(key).map_err(|e| e.at("--set"))?;
-            let value = serde_yaml_ng::from_str(text).unwrap_or_else(|_| Value::from(text.as_str()));
+            let value = parse_yaml(text).unwrap_or_else(|_| Value::from(text.as_str()));
             parsed.insert(key.clone(), value);
         }
         Ok(Self {
@@ -214,6 +214,26 @@ impl Settings {
             Some(map.iter().map(|(k, v)| (k.clone(), v.clone())).collect())
         })
     }
+}
+
+/// YAML → JSON values; `.nan` and `.inf`, which JSON lacks, become the tokens of `json.rs` instead of null.
+fn parse_yaml(text: &str) -> std::result::Result<Value, serde_yaml_ng::Error> {
+    use serde_yaml_ng::Value as Y;
+    fn key(value: Y) -> String {
+        value.as_str().map_or_else(|| convert(value.clone()).to_string(), str::to_owned)
+    }
+    fn convert(value: Y) -> Value {
+        match value {
+            Y::Number(n) if n.as_f64().is_some_and(|x| !x.is_finite()) => {
+                super::json::number(n.as_f64().unwrap_or(f64::NAN))
+            }
+            Y::Sequence(items) => items.into_iter().map(convert).collect(),
+            Y::Mapping(map) => Value::Object(map.into_iter().map(|(k, v)| (key(k), convert(v))).collect()),
+            Y::Tagged(tagged) => convert(tagged.value),
+            plain => serde_json::to_value(plain).unwrap_or(Value::Null),
+        }
+    }
+    serde_yaml_ng::from_str(text).map(convert)
 }
 
 /// Number, or text that PyYAML leaves as text and LLaMA-Factory turns into one (`1e-4`, `1_000`).

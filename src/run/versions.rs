@@ -133,7 +133,7 @@ impl Versions {
         };
         let why = format!("assumed: what was used with transformers {transformers}");
         self.llamafactory.get_or_insert_with(|| (factory, why.clone()));
-        self.accelerate.get_or_insert_with(|| (accelerate, why));
+        self.accelerate.get_or_insert((accelerate, why));
     }
 }
 
