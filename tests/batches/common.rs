@@ -82,6 +82,8 @@ pub fn config() -> TrainConfig {
         bf16: false,
         fp16: false,
         pure_bf16: false,
+        tf32: false,
+        use_cpu: true,
         output_dir: "out".into(),
         overwrite_output_dir: false,
         resume_from_checkpoint: None,
@@ -96,6 +98,7 @@ pub fn config() -> TrainConfig {
         per_device_eval_batch_size: 8,
         do_predict: false,
         written: BTreeMap::new(),
+        disagreements: Vec::new(),
         origins: BTreeMap::new(),
     }
 }
@@ -158,5 +161,8 @@ pub fn run(root: PathBuf, config: &TrainConfig, llamafactory: &str) -> Run {
         log: Log::default(),
         attempts: Vec::new(),
         checkpoints: Vec::new(),
+        model_type: None,
+        base_dtype: None,
+        remarks: Vec::new(),
     }
 }
