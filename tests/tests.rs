@@ -7,6 +7,7 @@ mod diagnosis; // verdicts on scripted evidence and on recorded runs
 mod inspect; // log forensics, lint, eval, comparison
 mod model; // forward and backward against PyTorch and candle's autograd
 mod replay; // recorded runs replayed to the numbers in their logs
+mod report; // pages and terminal text on made-up results
 mod run; // readers: good files, broken files, generated garbage
 mod step; // clip, optimizers, schedules, loss scale
 mod sweep; // grids, shards, merge; precision bench
