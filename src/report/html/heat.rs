@@ -39,6 +39,10 @@ pub struct HeatMap {
     pub with_text: bool,
     /// Fixed ends of the colour scale; else those of the data.
     pub range: Option<(f64, f64)>,
+    /// What stands at the ends of the legend instead of the numbers.
+    pub ends: Option<(String, String)>,
+    /// Row names are long (places in a model).
+    pub wide_names: bool,
 }
 
 const SHADES: usize = 16;
@@ -51,7 +55,11 @@ impl HeatMap {
             return String::new();
         }
         let (low, high) = self.range.unwrap_or_else(|| self.data_range());
-        let class = if self.with_text { "heat text" } else { "heat" };
+        let class = match (self.with_text, self.wide_names) {
+            (true, _) => "heat text",
+            (false, true) => "heat wide",
+            (false, false) => "heat",
+        };
         let mut out = format!(
             "<figure class=\"heatmap\"><figcaption><b>{}</b> <small>{}</small>{}</figcaption>\
              <div class=\"scroll\"><table class=\"{class}\"><thead><tr><th scope=\"col\" class=\"corner\">{} \\ {}</th>",
@@ -103,7 +111,12 @@ impl HeatMap {
         let drawable = |v: &f64| v.is_finite() && (!self.log || *v > 0.0);
         let values = || self.cells.iter().flatten().filter_map(|c| c.value).filter(drawable);
         let (low, high) = (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max));
-        if low.is_finite() { (low, high) } else { (0.0, 1.0) }
+        match (low.is_finite(), self.log) {
+            (false, _) => (0.0, 1.0),
+            // Never less than one decade: ordinary scatter must not look like a fire.
+            (true, true) => (low, high.max(low * 10.0)),
+            (true, false) => (low, high),
+        }
     }
 
     fn shade(&self, value: f64, low: f64, high: f64) -> usize {
@@ -118,10 +131,12 @@ impl HeatMap {
         for shade in 0..SHADES {
             let _ = write!(swatches, "<i class=\"h{shade}\"></i>");
         }
+        let numbers = || (crate::report::number(low), crate::report::number(high));
+        let (low, high) = self.ends.clone().unwrap_or_else(numbers);
         format!(
             "<span class=\"ramp\">{}<span class=\"swatches\">{swatches}</span>{}</span>",
-            crate::report::number(low),
-            crate::report::number(high)
+            escape(&low),
+            escape(&high)
         )
     }
 }

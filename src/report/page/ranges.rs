@@ -67,13 +67,15 @@ pub fn map(ranges: &[SiteRange], pass: Pass) -> Option<HeatMap> {
             Pass::Forward => "Forward".into(),
             Pass::Backward => "Backward".into(),
         },
-        unit: "binades short of 20 below the limit; striped: crossed it".into(),
+        unit: "room below the format's largest number; striped: beyond it".into(),
         row_name: "site".into(),
         column_name: "layer".into(),
         rows: kinds.iter().map(|k| (*k).to_owned()).collect(),
         columns: layers.iter().map(usize::to_string).collect(),
         cells: kinds.iter().map(|kind| layers.iter().map(|layer| cell(kind, *layer)).collect()).collect(),
         range: Some((0.0, ROOMY)),
+        ends: Some((format!("{ROOMY} binades or more"), "none".into())),
+        wide_names: true,
         ..HeatMap::default()
     })
 }
