@@ -1,0 +1,42 @@
+// RMSNorm of HF Llama, and its gradient with a frozen weight. One block a row, so a row's bits never depend on the
+// rows beside it. x, dx [rows, columns] in x_tag; w [columns] in w_tag; r [rows] f32; y, dy in out_tag, dy_tag.
+//
+// rms_norm       r = 1/√(mean(x²) + eps); y = round(w · round(x·r, x), out)
+// rms_norm_grad  g = round(dy·w, x); dx = g·r − ½·Σ(g·x)·r³/columns · 2x, rounded to x's dtype: aten's order of
+//                mul, rsqrt, mean and pow backward
+// Accumulator: f32, thread-strided, then warp butterfly, then over the warps.
+// Bytes: forward rows·columns·(2·size x (second read hits L1/L2) + size out); backward the same with dy added.
+// Launch: rows blocks; 32…256 threads (a multiple of 32), chosen by columns alone.
+#include "common.cuh"
+
+extern "C" __global__ void rms_norm(void* y, int out_tag, float* r, const void* x, int x_tag, const void* w, int w_tag,
+                                    u64 columns, float eps) {
+    u64 row = blockIdx.x, first = row * columns;
+    float sum = 0.0f;
+    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
+        float value = load(x, first + c, x_tag);
+        sum = fmaf(value, value, sum);
+    }
+    float scale = 1.0f / sqrtf(block_sum(sum) / (float)columns + eps);
+    if (threadIdx.x == 0) r[row] = scale;
+    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
+        float normed = round_to(load(x, first + c, x_tag) * scale, x_tag);
+        store(y, first + c, load(w, c, w_tag) * normed, out_tag);
+    }
+}
+
+extern "C" __global__ void rms_norm_grad(void* dx, const void* dy, int dy_tag, const void* x, int x_tag, const void* w,
+                                         int w_tag, const float* r, u64 columns) {
+    u64 row = blockIdx.x, first = row * columns;
+    float sum = 0.0f;
+    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
+        float g = round_to(load(dy, first + c, dy_tag) * load(w, c, w_tag), x_tag);
+        sum = fmaf(g, load(x, first + c, x_tag), sum);
+    }
+    float scale = r[row];
+    float d_mean = -0.5f * block_sum(sum) * (scale * scale * scale) / (float)columns;
+    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
+        float g = round_to(load(dy, first + c, dy_tag) * load(w, c, w_tag), x_tag);
+        store(dx, first + c, g * scale + d_mean * (2.0f * load(x, first + c, x_tag)), x_tag);
+    }
+}

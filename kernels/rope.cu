@@ -1,0 +1,25 @@
+// Rotary embedding, half-split (HF rotate_half), forward and inverse (its gradient).
+//
+// x [n, heads, dim] in x_tag; positions [n] u32; cos, sin [max_position, dim/2] in table_tag; out [n, heads, dim].
+// y = round(round(x·cos) + round(rot(x)·sin)), all rounded to out_tag: three PyTorch ops, three roundings.
+// rot(x)[i] = −x[i + dim/2] in the first half, x[i − dim/2] in the second; the inverse flips the sign of sin.
+// Bytes: n·heads·dim·(2·size x + size out); tables stay in cache. No accumulator.
+// Launch: 256 threads, grid-stride, no shared memory. Positions are checked by the host.
+#include "common.cuh"
+
+extern "C" __global__ void rope(void* out, int out_tag, const void* x, int x_tag, const u32* positions, const void* cosine,
+                                const void* sine, int table_tag, u64 n, u32 heads, u32 dim, int inverse) {
+    u32 half_dim = dim / 2;
+    u64 elements = n * heads * dim;
+    for (u64 i = global_thread(); i < elements; i += all_threads()) {
+        u32 d = (u32)(i % dim);
+        u64 entry = (u64)positions[i / dim / heads] * half_dim + d % half_dim;
+        bool first = d < half_dim;
+        float straight = load(x, i, x_tag);
+        float other = load(x, first ? i + half_dim : i - half_dim, x_tag);
+        if (first != (inverse != 0)) other = -other;
+        float a = round_to(straight * load(cosine, entry, table_tag), out_tag);
+        float b = round_to(other * load(sine, entry, table_tag), out_tag);
+        store(out, i, a + b, out_tag);
+    }
+}
