@@ -8,6 +8,7 @@
 //! All unsafe code of the crate lives below this folder.
 
 pub mod cpu;
+pub mod cuda;
 pub mod noise;
 
 use std::sync::Arc;
@@ -70,6 +71,8 @@ pub enum Storage {
     Cpu(Arc<Vec<f32>>),
     /// Bytes of a safetensors file in the tensor's dtype, little-endian, unaligned: a frozen weight.
     Mapped(cpu::MappedBytes),
+    /// Memory of a GPU, in the tensor's dtype.
+    Cuda(cuda::Buffer),
 }
 
 impl Tensor {
@@ -255,4 +258,24 @@ pub trait Device: Send + Sync {
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>>;
     /// ‖x‖₂ per unit as torch.linalg.vector_norm gives it (f32 result), and its non-finite count.
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>>;
+}
+
+/// Opens `auto` (the first GPU that can be used, else the CPU), `cpu` or `cuda:N`; `threads` is for the CPU.
+///
+/// # Errors
+/// A name that is none of these; a GPU that was asked for and cannot be used.
+pub fn open(name: &str, threads: Option<usize>) -> Result<Arc<dyn Device>> {
+    let cpu = || -> Result<Arc<dyn Device>> { Ok(Arc::new(cpu::CpuDevice::new(threads)?)) };
+    match name {
+        "cpu" => cpu(),
+        "auto" => match cuda::CudaDevice::open(0) {
+            Ok(device) => Ok(Arc::new(device)),
+            Err(_) => cpu(),
+        },
+        "cuda" => Ok(Arc::new(cuda::CudaDevice::open(0)?)),
+        _ => match name.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(ordinal)) => Ok(Arc::new(cuda::CudaDevice::open(ordinal)?)),
+            _ => Err(crate::Error::usage(format!("there is no device {name:?}")).next("--device auto, cpu or cuda:0")),
+        },
+    }
 }

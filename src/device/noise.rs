@@ -3,13 +3,19 @@
 
 use super::DType;
 
+const WEYL: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// 64 mixed bits of one element: the finaliser of splitmix64 (Steele, Lea, Flood 2014) over a Weyl sequence whose
 /// start is itself mixed from seed and stream.
 #[inline(always)]
 pub fn bits(seed: u64, stream: u64, element: u64) -> u64 {
-    const WEYL: u64 = 0x9e37_79b9_7f4a_7c15;
-    let start = mix(seed.wrapping_add(WEYL).wrapping_add(mix(stream.wrapping_add(WEYL))));
-    mix(start.wrapping_add(element.wrapping_mul(WEYL)))
+    mix(start(seed, stream).wrapping_add(element.wrapping_mul(WEYL)))
+}
+
+/// Where the sequence of (seed, stream) begins; the same for all its elements.
+#[inline(always)]
+pub fn start(seed: u64, stream: u64) -> u64 {
+    mix(seed.wrapping_add(WEYL).wrapping_add(mix(stream.wrapping_add(WEYL))))
 }
 
 #[inline(always)]

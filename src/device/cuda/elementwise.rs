@@ -1,0 +1,214 @@
+//! Moves, casts, elementwise arithmetic and the optimizer: kernels of cast.cu, elementwise.cu and optimizer.cu.
+
+use super::kernels::{Plain, tag};
+use super::{CudaDevice, expect};
+use crate::device::{AdamW, DType, Storage, Tensor, noise};
+use crate::{Error, Result};
+
+impl CudaDevice {
+    pub(super) fn upload_values(&self, values: &[f32], shape: &[usize], dtype: DType) -> Result<Tensor> {
+        expect(values.len() == shape.iter().product::<usize>(), "upload", || {
+            format!("{} values for shape {shape:?}", values.len())
+        })?;
+        let wide = Tensor { shape: shape.to_vec(), dtype: DType::F32, storage: Storage::Cuda(self.put(values)?) };
+        self.cast_to(&wide, dtype)
+    }
+
+    pub(super) fn download_values(&self, x: &Tensor) -> Result<Vec<f32>> {
+        match &x.storage {
+            Storage::Cuda(buffer) if x.dtype == DType::F32 => self.get(buffer, x.elements()),
+            Storage::Cuda(buffer) => {
+                let halves: Vec<u16> = self.get(buffer, x.elements())?;
+                let widen = if x.dtype == DType::BF16 {
+                    |h: u16| half::bf16::from_bits(h).to_f32()
+                } else {
+                    |h: u16| half::f16::from_bits(h).to_f32()
+                };
+                Ok(halves.into_iter().map(widen).collect())
+            }
+            Storage::Mapped(_) => self.download_values(&self.cast_to(x, DType::F32)?),
+            Storage::Cpu(_) => Err(Error::internal("a tensor of the CPU reached the GPU")),
+        }
+    }
+
+    pub(super) fn zeros_of(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let x = self.empty(shape, dtype)?;
+        let place = self.operand(&x)?;
+        // SAFETY: the buffer was made for this shape.
+        unsafe { self.driver.zero(place.address, x.elements() * dtype.size())? };
+        Ok(x)
+    }
+
+    /// x in another dtype; x itself (shared) where it already has it.
+    pub(super) fn cast_to(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        if x.dtype == dtype && matches!(x.storage, Storage::Cuda(_)) {
+            return Ok(x.clone());
+        }
+        let out = self.empty(&x.shape, dtype)?;
+        let (from, to) = (self.operand(x)?, self.operand(&out)?);
+        let n = x.elements();
+        let launch = self.kernels.launch("cast").tagged(to.address, dtype).tagged(from.address, from.dtype);
+        // SAFETY: cast.cu; both hold n elements.
+        unsafe { launch.value(n as u64).run_over(n)? };
+        Ok(out)
+    }
+
+    pub(super) fn gather(&self, x: &Tensor, index: &[u32], dtype: DType) -> Result<Tensor> {
+        let (rows, columns) = (x.rows(), x.columns());
+        expect(index.iter().all(|&i| (i as usize) < rows), "gather_rows", || {
+            format!("row {:?} of {rows}", index.iter().max())
+        })?;
+        let out = self.empty(&[index.len(), columns], dtype)?;
+        let (from, to, places) = (self.operand(x)?, self.operand(&out)?, self.put(index)?);
+        let launch = self.kernels.launch("gather_rows").tagged(to.address, dtype).tagged(from.address, from.dtype);
+        let launch = launch.buffer(&places).value(index.len() as u64).value(columns as u64);
+        // SAFETY: cast.cu; indices were checked.
+        unsafe { launch.run_over(out.elements())? };
+        Ok(out)
+    }
+
+    pub(super) fn scatter(&self, x: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
+        let columns = x.columns();
+        expect(x.rows() == index.len() && index.iter().all(|&i| (i as usize) < rows), "scatter_rows", || {
+            format!("x {:?}, {} indices up to {:?} of {rows} rows", x.shape, index.len(), index.iter().max())
+        })?;
+        let out = self.zeros_of(&[rows, columns], x.dtype)?;
+        let (from, to, places) = (self.operand(x)?, self.operand(&out)?, self.put(index)?);
+        let launch = self.kernels.launch("scatter_rows").value(to.address).tagged(from.address, from.dtype);
+        let launch = launch.buffer(&places).value(index.len() as u64).value(columns as u64);
+        // SAFETY: cast.cu; indices were checked and are distinct by the trait's contract.
+        unsafe { launch.run_over(x.elements())? };
+        Ok(out)
+    }
+
+    /// Every row of `out` becomes `row`.
+    pub(super) fn fill_rows(&self, out: &Tensor, row: &Tensor) -> Result<()> {
+        let (from, to) = (self.operand(row)?, self.operand(out)?);
+        let launch = self.kernels.launch("fill_rows").tagged(to.address, out.dtype).tagged(from.address, from.dtype);
+        // SAFETY: cast.cu; `product` checked that row has out's columns.
+        unsafe { launch.value(out.rows() as u64).value(out.columns() as u64).run_over(out.elements()) }
+    }
+
+    pub(super) fn sum(&self, a: &Tensor, b: &Tensor, dtype: DType) -> Result<Tensor> {
+        expect(a.shape == b.shape, "add", || format!("shapes {:?} and {:?}", a.shape, b.shape))?;
+        let out = self.empty(&a.shape, dtype)?;
+        let (left, right, to, n) = (self.operand(a)?, self.operand(b)?, self.operand(&out)?, a.elements());
+        let launch = self.kernels.launch("add").tagged(to.address, dtype);
+        let launch = launch.tagged(left.address, left.dtype).tagged(right.address, right.dtype);
+        // SAFETY: elementwise.cu; all hold n elements.
+        unsafe { launch.value(n as u64).run_over(n)? };
+        Ok(out)
+    }
+
+    pub(super) fn scaled(&self, x: &Tensor, s: f32, dtype: DType) -> Result<Tensor> {
+        let out = self.empty(&x.shape, dtype)?;
+        let (from, to, n) = (self.operand(x)?, self.operand(&out)?, x.elements());
+        let launch = self.kernels.launch("scale").tagged(to.address, dtype).tagged(from.address, from.dtype);
+        // SAFETY: elementwise.cu; both hold n elements.
+        unsafe { launch.value(s).value(n as u64).run_over(n)? };
+        Ok(out)
+    }
+
+    pub(super) fn scale_by(&self, x: &mut Tensor, s: f32) -> Result<()> {
+        let (at, n) = (self.exclusive(x)?, x.elements());
+        // SAFETY: elementwise.cu, in place: each element is read before it is written, by one thread.
+        unsafe {
+            self.kernels.launch("scale").tagged(at, x.dtype).tagged(at, x.dtype).value(s).value(n as u64).run_over(n)
+        }
+    }
+
+    pub(super) fn add_to(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
+        expect(acc.elements() == g.elements(), "accumulate", || format!("shapes {:?} and {:?}", acc.shape, g.shape))?;
+        let (at, from, n) = (self.exclusive(acc)?, self.operand(g)?, acc.elements());
+        let launch = self.kernels.launch("accumulate").tagged(at, acc.dtype).tagged(from.address, from.dtype);
+        // SAFETY: elementwise.cu; both hold n elements.
+        unsafe { launch.value(n as u64).run_over(n) }
+    }
+
+    pub(super) fn perturbed(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor> {
+        let out = self.empty(&x.shape, x.dtype)?;
+        let (from, to, n) = (self.operand(x)?, self.operand(&out)?, x.elements());
+        let launch = self.kernels.launch("perturb").value(to.address).tagged(from.address, from.dtype);
+        let launch = launch.value(noise::half_ulp(ulp_of)).value(noise::start(seed, stream));
+        // SAFETY: elementwise.cu; both hold n elements.
+        unsafe { launch.value(n as u64).run_over(n)? };
+        Ok(out)
+    }
+
+    pub(super) fn dropped(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
+        expect((0.0..1.0).contains(&p), "dropout", || format!("probability {p} is not in [0, 1)"))?;
+        let out = self.empty(&x.shape, x.dtype)?;
+        let (from, to, n) = (self.operand(x)?, self.operand(&out)?, x.elements());
+        let launch = self.kernels.launch("dropout").value(to.address).tagged(from.address, from.dtype);
+        let launch = launch.value(p).value(1.0 / (1.0 - p)).value(noise::start(seed, stream));
+        // SAFETY: elementwise.cu; both hold n elements.
+        unsafe { launch.value(n as u64).run_over(n)? };
+        Ok(out)
+    }
+
+    pub(super) fn adamw_step(
+        &self,
+        p: &mut Tensor,
+        g: &Tensor,
+        (m, v): (&mut Tensor, &mut Tensor),
+        with: &AdamW,
+    ) -> Result<()> {
+        let n = p.elements();
+        let same =
+            g.elements() == n && m.elements() == n && v.elements() == n && m.dtype == p.dtype && v.dtype == p.dtype;
+        expect(same, "adamw", || {
+            format!(
+                "p {:?} {:?}, g {:?}, m {:?} {:?}, v {:?} {:?}",
+                p.shape, p.dtype, g.shape, m.shape, m.dtype, v.shape, v.dtype
+            )
+        })?;
+        let gradient = self.operand(g)?;
+        let (p_at, m_at, v_at) = (self.exclusive(p)?, self.exclusive(m)?, self.exclusive(v)?);
+        let launch = self.kernels.launch("adamw").value(p_at).tagged(gradient.address, gradient.dtype);
+        let launch = launch.value(m_at).tagged(v_at, p.dtype).value(AdamWScalars::new(with, p.dtype));
+        // SAFETY: optimizer.cu; all four hold n elements, three are exclusively ours.
+        unsafe { launch.value(n as u64).run_over(n) }
+    }
+
+    pub(super) fn sgd_step(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
+        expect(p.elements() == g.elements(), "sgd", || format!("shapes {:?} and {:?}", p.shape, g.shape))?;
+        let (gradient, at, n) = (self.operand(g)?, self.exclusive(p)?, p.elements());
+        let launch = self.kernels.launch("sgd").tagged(at, p.dtype).tagged(gradient.address, gradient.dtype);
+        let launch = launch.value(-learning_rate as f32).value(weight_decay as f32);
+        // SAFETY: optimizer.cu; both hold n elements, p is exclusively ours.
+        unsafe { launch.value(n as u64).run_over(n) }
+    }
+}
+
+/// `struct AdamW` of optimizer.cu: the scalars of one update, in f64 as Python computes them, then rounded to f32.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AdamWScalars {
+    decay: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    root_correction2: f32,
+    epsilon: f32,
+    minus_step_size: f32,
+    each: i32,
+}
+// SAFETY: eight fields of four bytes, the same as in optimizer.cu.
+unsafe impl Plain for AdamWScalars {}
+
+impl AdamWScalars {
+    fn new(with: &AdamW, dtype: DType) -> Self {
+        let correction1 = 1.0 - with.beta1.powf(with.step);
+        let correction2 = 1.0 - with.beta2.powf(with.step);
+        Self {
+            decay: (1.0 - with.learning_rate * with.weight_decay) as f32,
+            one_minus_beta1: (1.0 - with.beta1) as f32,
+            beta2: with.beta2 as f32,
+            one_minus_beta2: (1.0 - with.beta2) as f32,
+            root_correction2: correction2.sqrt() as f32,
+            epsilon: with.epsilon as f32,
+            minus_step_size: -(with.learning_rate / correction1) as f32,
+            each: tag(if with.fused { DType::F32 } else { dtype }),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Statistics and norms: the two launches of statistics.cu.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::kernels::{Plain, tag};
+use super::{CudaDevice, expect_offsets, narrow};
+use crate::Result;
+use crate::device::{DType, Statistics, Tensor};
+
+/// Elements a chunk, one block's work: 64 a thread, so that the f64 operations at its end weigh nothing.
+const CHUNK: usize = 256 * 64;
+
+/// `struct Chunk` of statistics.cu.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Chunk {
+    address: u64,
+    count: u32,
+    tag: u32,
+}
+
+/// `struct Partial` of statistics.cu.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Partial {
+    sum_squares: f64,
+    sum: f64,
+    nan: u64,
+    pos_inf: u64,
+    neg_inf: u64,
+    zero: u64,
+    subnormal: u64,
+    underflow: u64,
+    overflow: u64,
+    max_abs: f32,
+    min_abs: f32,
+}
+
+/// `struct Limits` of statistics.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Limits {
+    smallest_normal: f32,
+    rounds_to_zero: f32,
+    rounds_to_inf: f32,
+}
+// SAFETY: three floats, the same as in statistics.cu.
+unsafe impl Plain for Limits {}
+
+impl Limits {
+    fn of(dtype: DType) -> Self {
+        let limits = |normal: u32, zero: u32, inf: u32| Self {
+            smallest_normal: f32::from_bits(normal),
+            rounds_to_zero: f32::from_bits(zero),
+            rounds_to_inf: f32::from_bits(inf),
+        };
+        match dtype {
+            DType::F32 => limits(0x0080_0000, 0, 0x7f80_0000),
+            // Half of the smallest subnormal 2^-133 ties to zero; half an ulp past the largest ties to infinity.
+            DType::BF16 => limits(0x0080_0000, 0x0000_8000, 0x7f7f_8000),
+            // 2^-14; 2^-25; 65520.
+            DType::F16 => limits(0x3880_0000, 0x3300_0000, 0x477f_f000),
+        }
+    }
+}
+
+impl CudaDevice {
+    fn partials(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Partial>> {
+        expect_offsets(units, x.rows(), "statistics")?;
+        let place = self.operand(x)?;
+        let (mut chunks, mut begins) = (Vec::new(), vec![0u32]);
+        for unit in units.windows(2) {
+            let (mut at, end) = (unit[0] * x.columns(), unit[1] * x.columns());
+            while at < end {
+                let count = CHUNK.min(end - at);
+                let address = place.address + (at * x.dtype.size()) as u64;
+                chunks.push(Chunk { address, count: count as u32, tag: tag(x.dtype) as u32 });
+                at += count;
+            }
+            begins.push(narrow(chunks.len(), "chunk count")?);
+        }
+        let count = begins.len() - 1;
+        let (table, borders) = (self.put(&chunks)?, self.put(&begins)?);
+        let parts = self.bytes(chunks.len() * size_of::<Partial>())?;
+        let results = self.bytes(count * size_of::<Partial>())?;
+        let launch = self.kernels.launch("statistics_partials").buffer(&parts).buffer(&table).value(Limits::of(target));
+        // SAFETY: statistics.cu; chunks lie inside x, one block a chunk.
+        unsafe { launch.run((narrow(chunks.len(), "chunk count")?, 1), 256)? };
+        let launch = self.kernels.launch("statistics_combine").buffer(&results).buffer(&parts).buffer(&borders);
+        // SAFETY: statistics.cu; one block a unit.
+        unsafe { launch.run((narrow(count, "unit count")?, 1), 32)? };
+        self.get(&results, count)
+    }
+
+    pub(super) fn measure(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Statistics>> {
+        let partials = self.partials(x, units, target)?;
+        let elements = units.windows(2).map(|unit| ((unit[1] - unit[0]) * x.columns()) as u64);
+        Ok(partials.iter().zip(elements).map(|(p, elements)| p.statistics(elements)).collect())
+    }
+
+    pub(super) fn norms_of(&self, x: &Tensor, units: &[usize]) -> Result<Vec<(f32, u64)>> {
+        Ok(self.partials(x, units, x.dtype)?.iter().map(Partial::norm).collect())
+    }
+}
+
+impl Partial {
+    fn statistics(&self, elements: u64) -> Statistics {
+        Statistics {
+            elements,
+            nan: self.nan,
+            pos_inf: self.pos_inf,
+            neg_inf: self.neg_inf,
+            zero: self.zero,
+            subnormal: self.subnormal,
+            underflow: self.underflow,
+            overflow: self.overflow,
+            max_abs: self.max_abs,
+            min_abs: if self.min_abs.is_finite() { self.min_abs } else { 0.0 },
+            sum_squares: self.sum_squares,
+            sum: self.sum,
+        }
+    }
+
+    /// ‖x‖₂ and the count of non-finite elements. The sum goes through f32 because PyTorch's does: it overflows where
+    /// PyTorch's overflows.
+    fn norm(&self) -> (f32, u64) {
+        let infinite = self.pos_inf + self.neg_inf;
+        let norm = match (self.nan, infinite) {
+            (0, 0) => (self.sum_squares as f32).sqrt(),
+            (0, _) => f32::INFINITY,
+            _ => f32::NAN,
+        };
+        (norm, self.nan + infinite)
+    }
+}

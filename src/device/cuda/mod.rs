@@ -1,0 +1,293 @@
+//! The CUDA device: our kernels for everything but matrix products, which are cuBLAS's.
+//!
+//! Needs no toolkit and no special build: the driver is loaded when a device is opened, kernels are embedded PTX.
+//! This file wires the operations to their families. `driver` makes the calls, `memory`, `transfer` and `weights` own the
+//! device's memory and what moves there, `kernels` launches, `cublas` multiplies. Kernels' contracts: kernels/*.cu.
+
+mod cublas;
+mod decoder;
+mod driver;
+mod elementwise;
+mod kernels;
+mod measure;
+mod memory;
+mod products;
+mod transfer;
+mod weights;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use memory::Buffer;
+
+use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Storage, Tensor};
+use crate::{Error, Result};
+
+/// One GPU, opened.
+#[derive(Debug)]
+pub struct CudaDevice {
+    // In order of destruction: users of the context before the context.
+    blas: Mutex<cublas::Cublas>,
+    kernels: kernels::Kernels,
+    weights: Mutex<weights::Weights>,
+    staging: Mutex<transfer::Staging>,
+    memory: Arc<memory::Memory>,
+    driver: Arc<driver::Driver>,
+}
+
+impl CudaDevice {
+    /// Opens GPU `ordinal`.
+    ///
+    /// # Errors
+    /// No driver or one older than 525, no such GPU, compute capability below 7.5, no cuBLAS.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let driver = Arc::new(driver::Driver::open(ordinal)?);
+        let memory = memory::Memory::new(driver.clone());
+        let blas = Mutex::new(cublas::Cublas::open(&memory)?);
+        let kernels = kernels::Kernels::load(driver.clone())?;
+        let weights = Mutex::new(weights::Weights::new(memory.clone())?);
+        let staging = Mutex::new(transfer::Staging::new(driver.clone(), driver.compute));
+        Ok(Self { blas, kernels, weights, staging, memory, driver })
+    }
+
+    /// Waits for all queued work; failures of earlier kernels surface here.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize(self.driver.compute)
+    }
+
+    /// Uninitialised memory for a tensor.
+    fn empty(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        Ok(Tensor { shape: shape.to_vec(), dtype, storage: Storage::Cuda(self.bytes(bytes)?) })
+    }
+    fn bytes(&self, bytes: usize) -> Result<Buffer> {
+        self.memory.allocate(bytes, || lock(&self.weights).evict())
+    }
+    /// Host values on the device, as they lie in memory.
+    fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Buffer> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let buffer = self.bytes(bytes.len())?;
+        // SAFETY: the buffer is that long and belongs to this call.
+        unsafe { lock(&self.staging).upload(buffer.address(), bytes)? };
+        Ok(buffer)
+    }
+    /// The first `count` values of a buffer, after all queued work.
+    fn get<T: bytemuck::Pod>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); count];
+        // SAFETY: callers ask for no more than they allocated.
+        unsafe { lock(&self.staging).download(buffer.address(), bytemuck::cast_slice_mut(&mut values))? };
+        Ok(values)
+    }
+
+    /// Where a tensor's elements lie on the device; weights are brought there.
+    fn operand(&self, x: &Tensor) -> Result<Operand> {
+        match &x.storage {
+            Storage::Cuda(buffer) => {
+                Ok(Operand { address: buffer.address(), dtype: x.dtype, _buffer: Some(buffer.clone()), weight: None })
+            }
+            Storage::Mapped(bytes) => {
+                let weight = lock(&self.weights).get(bytes)?;
+                Ok(Operand { address: weight.address(), dtype: x.dtype, _buffer: None, weight: Some(weight) })
+            }
+            Storage::Cpu(_) => Err(Error::internal("a tensor of the CPU reached the GPU")),
+        }
+    }
+    /// A tensor's own memory for changes in place: copied first if someone else holds it too.
+    fn exclusive(&self, x: &mut Tensor) -> Result<u64> {
+        let bytes = x.elements() * x.dtype.size();
+        let Storage::Cuda(buffer) = &mut x.storage else {
+            return Err(Error::internal("only a tensor that this device made can be changed in place"));
+        };
+        if !buffer.is_unique() {
+            let copy = self.bytes(bytes)?;
+            // SAFETY: both buffers hold `bytes` bytes and are distinct.
+            unsafe { self.driver.copy_on_device(copy.address(), buffer.address(), bytes)? };
+            *buffer = copy;
+        }
+        Ok(buffer.address())
+    }
+}
+
+/// A mutex whose holder panicked guards plain handles here, which stay valid.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A tensor's place on the device, kept alive until the kernels that read it are queued.
+#[derive(Debug)]
+struct Operand {
+    address: u64,
+    dtype: DType,
+    _buffer: Option<Buffer>,
+    weight: Option<weights::Weight>,
+}
+
+impl Drop for Operand {
+    fn drop(&mut self) {
+        if let Some(weight) = &self.weight {
+            // A lost event means a lost context: the next call says so.
+            let _ = weight.used();
+        }
+    }
+}
+
+/// Shape promises between the model and the device; a broken one is our own bug, and named.
+fn expect(holds: bool, operation: &str, what: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::internal(format!("{operation}: {}", what()))) }
+}
+
+/// Checks the boundaries of units of rows.
+fn expect_offsets(offsets: &[usize], rows: usize, operation: &str) -> Result<()> {
+    let ordered = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+    expect(offsets.first() == Some(&0) && offsets.last() == Some(&rows) && ordered, operation, || {
+        format!("boundaries {offsets:?} do not cover {rows} rows")
+    })
+}
+
+/// As the kernels' u32 fields take it.
+fn narrow(x: usize, what: &str) -> Result<u32> {
+    u32::try_from(x).map_err(|_| Error::device(format!("{what} {x} does not fit 32 bits")))
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> String {
+        format!("cuda:{}", self.driver.ordinal)
+    }
+    fn fingerprint(&self) -> String {
+        let d = &self.driver;
+        let blas = lock(&self.blas);
+        format!(
+            "{} sm_{}{} cuda {} cublas {}{}",
+            d.name,
+            d.capability.0,
+            d.capability.1,
+            d.version,
+            blas.version,
+            if blas.reduced_precision { "" } else { " full-precision reductions" }
+        )
+    }
+
+    fn upload(&self, values: &[f32], shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.upload_values(values, shape, dtype)
+    }
+    fn download(&self, x: &Tensor) -> Result<Vec<f32>> {
+        self.download_values(x)
+    }
+    fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.zeros_of(shape, dtype)
+    }
+    fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        self.cast_to(x, dtype)
+    }
+    fn gather_rows(&self, x: &Tensor, index: &[u32]) -> Result<Tensor> {
+        self.gather(x, index, x.dtype)
+    }
+    fn scatter_rows(&self, x: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
+        self.scatter(x, index, rows)
+    }
+
+    fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, compute: Compute, out: DType) -> Result<Tensor> {
+        self.product(x, w, bias, compute, out)
+    }
+    fn linear_input_grad(&self, dy: &Tensor, w: &Tensor, compute: Compute, out: DType) -> Result<Tensor> {
+        self.product_input_grad(dy, w, compute, out)
+    }
+    fn linear_weight_grad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        units: Offsets<'_>,
+        compute: Compute,
+        out: DType,
+    ) -> Result<Tensor> {
+        self.product_weight_grad(dy, x, units, compute, out)
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
+        self.sum(a, b, out)
+    }
+    fn scale(&self, x: &Tensor, s: f32, out: DType) -> Result<Tensor> {
+        self.scaled(x, s, out)
+    }
+    fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor> {
+        self.perturbed(x, seed, stream, ulp_of)
+    }
+    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
+        self.dropped(x, p, seed, stream)
+    }
+
+    fn embedding(&self, table: &Tensor, ids: &[u32], out: DType) -> Result<Tensor> {
+        self.gather(table, ids, out)
+    }
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32, out: DType) -> Result<(Tensor, Tensor)> {
+        self.norm(x, w, eps, out)
+    }
+    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
+        self.norm_grad(dy, x, w, r)
+    }
+    fn rope(
+        &self,
+        x: &Tensor,
+        positions: &[u32],
+        cos: &Tensor,
+        sin: &Tensor,
+        heads: usize,
+        inverse: bool,
+        out: DType,
+    ) -> Result<Tensor> {
+        self.rotate(x, positions, (cos, sin), heads, inverse, out)
+    }
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        rows: Offsets<'_>,
+        shape: &AttentionShape,
+        compute: Compute,
+    ) -> Result<(Tensor, Tensor)> {
+        self.attend((q, k, v), rows, shape, compute)
+    }
+    fn attention_grad(
+        &self,
+        d_o: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        o: &Tensor,
+        lse: &Tensor,
+        rows: Offsets<'_>,
+        shape: &AttentionShape,
+        compute: Compute,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        self.attend_grad((d_o, o, lse), (q, k, v), rows, shape, compute)
+    }
+    fn gate(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        self.gated(gate, up)
+    }
+    fn gate_grad(&self, d_out: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.gated_grad(d_out, gate, up)
+    }
+    fn cross_entropy(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        self.loss(logits, labels, seed)
+    }
+
+    fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
+        self.add_to(acc, g)
+    }
+    fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()> {
+        self.scale_by(x, s)
+    }
+    fn adamw(&self, p: &mut Tensor, g: &Tensor, m: &mut Tensor, v: &mut Tensor, with: &AdamW) -> Result<()> {
+        self.adamw_step(p, g, (m, v), with)
+    }
+    fn sgd(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
+        self.sgd_step(p, g, learning_rate, weight_decay)
+    }
+
+    fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>> {
+        self.measure(x, units, target)
+    }
+    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
+        self.norms_of(x, units)
+    }
+}
