@@ -8,5 +8,7 @@ mod initial; // the seed's adapter
 mod inputs; // broken model folders
 #[path = "model/known_answer.rs"]
 mod known_answer; // tiny_llama: losses, gradients, norms that transformers recorded
+#[path = "model/reference.rs"]
+mod reference; // half precision, layer by layer, against PyTorch and fp64
 #[path = "model/support.rs"]
 mod support; // random models and rows

@@ -16,6 +16,8 @@ pub enum Probes {
     PerSite,
     /// One per site and micro-batch.
     PerUnit,
+    /// One per site and chunk, with every value: for histograms, and for comparing single passes.
+    Values,
 }
 
 /// Statistics of one site.
@@ -27,6 +29,8 @@ pub struct Measurement {
     /// Dtype of the tensor: the range that its statistics are counted against.
     pub dtype: DType,
     pub statistics: Statistics,
+    /// The elements, row-major, where [`Probes::Values`] asks for them.
+    pub values: Option<Vec<f32>>,
 }
 
 /// Collects [`Measurement`]s in execution order.
@@ -58,16 +62,21 @@ impl Recorder {
         let whole = [0, offsets.last().copied().unwrap_or(0)];
         let (units, numbered) = match self.probes {
             Probes::Off => return Ok(()),
-            Probes::PerSite => (&whole[..], false),
+            Probes::PerSite | Probes::Values => (&whole[..], false),
             Probes::PerUnit => (offsets, true),
         };
         let all = device.statistics(x, units, x.dtype).map_err(|e| e.at(site))?;
+        let values = match self.probes {
+            Probes::Values => Some(device.download(x)?),
+            _ => None,
+        };
         let mut measured = self.measured.borrow_mut();
         measured.extend(all.into_iter().enumerate().map(|(i, statistics)| Measurement {
             site,
             unit: numbered.then_some(first_unit + i),
             dtype: x.dtype,
             statistics,
+            values: values.clone(),
         }));
         Ok(())
     }
