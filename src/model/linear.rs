@@ -54,6 +54,11 @@ pub(super) fn forward(
     let (device, plan) = (cx.device, cx.plan);
     let Linear { w, bias } = &cx.held.layers[layer].linears[projection as usize];
     let site = |role| Site::block(layer, Part::Projection(projection), role);
+    // Autocast rounds the bias like the weight.
+    let bias = match bias {
+        Some(bias) if plan.linear().is_half() => Some(cx.cast(bias, plan.linear())?),
+        bias => bias.clone(),
+    };
     let y = device.linear(&x.linear, w, bias.as_ref(), plan.compute(), plan.linear())?;
     let Some((index, lora)) = cx.adapter.at(layer, projection) else {
         return Ok((cx.observe(site(Role::Output), y)?, None));

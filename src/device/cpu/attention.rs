@@ -201,8 +201,14 @@ fn forward_row(
         }
         let highest = math::max(s);
         let new_max = if highest > max || highest.is_nan() { highest } else { max };
-        for s in s.iter_mut() {
-            *s = math::exp(*s - new_max);
+        if output_dtype(plan.compute).is_half() {
+            for s in s.iter_mut() {
+                *s = math::exp_for_half(*s - new_max);
+            }
+        } else {
+            for s in s.iter_mut() {
+                *s = math::exp(*s - new_max);
+            }
         }
         let rescale = if max == f32::NEG_INFINITY { 0.0 } else { math::exp(max - new_max) };
         sum = sum * rescale + math::sum(s.len(), |j| s[j]);

@@ -33,6 +33,26 @@ pub fn exp(x: f32) -> f32 {
     if x.is_nan() { x } else { scaled }
 }
 
+/// e^x for x ≤ 0 as PyTorch's CPU attention takes it for half formats (`Vectorized<float>::fexp_u20`, a degree-3
+/// fit of Malossi et al., "Fast exponential computation on SIMD architectures"): relative error up to 1.1e-4, which
+/// moves the rounding of fp16 probabilities. Their kernel's scalar tail (keys past a multiple of 16) is not imitated.
+#[inline(always)]
+pub fn exp_for_half(x: f32) -> f32 {
+    const LOWEST: f32 = -87.336_55;
+    const BINADE: f32 = 8_388_608.0;
+    let scaled = x * std::f32::consts::LOG2_E;
+    let fraction = scaled - scaled.floor();
+    let mut p = fraction.mul_add(-0.079_204_24, -0.224_338_36);
+    p = fraction.mul_add(p, 0.303_542_6);
+    p = fraction.mul_add(p, 1.070_343_5e-4);
+    let bits = BINADE.mul_add(scaled - p, BINADE * 127.0);
+    match x {
+        x if x.is_nan() => x,
+        x if x < LOWEST => 0.0,
+        _ => f32::from_bits(bits as u32),
+    }
+}
+
 /// Σ f(i) over 0..n in [`LANES`] partial sums, combined pairwise: one fixed order for every caller.
 #[inline(always)]
 pub fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
