@@ -94,7 +94,6 @@ pub(super) fn forward(cx: &Context<'_>, layer: usize, h: &Tensor) -> Result<(Ten
     let (v, lora_v) = linear::forward(cx, layer, V, &x)?;
     drop(x);
     let ((q, k), heads) = rotate(cx, layer, q, k)?;
-    let v = cx.cast(&v, cx.plan.linear())?;
     let shape = attention_shape(cx.config, layer);
     let (attention, lse) = cx.device.attention(&q, &k, &v, &cx.batch.rows, &shape, attention_compute(cx))?;
     let attention = cx.observe(site(Part::Attention), attention)?;
@@ -121,11 +120,12 @@ type Normed = Option<[(Tensor, Tensor); 2]>;
 /// Per-head norms and rotary embedding: outputs of q_proj and k_proj → q and k as attention reads them.
 fn rotate(cx: &Context<'_>, layer: usize, q: Tensor, k: Tensor) -> Result<((Tensor, Tensor), Normed)> {
     let turn = |x: &Tensor, heads: usize, part: Part| {
-        // q · cos promotes (bf16 q with f32 tables gives f32); autocast then casts attention's inputs.
+        // q · cos promotes (bf16 q with f32 tables gives f32). Attention rounds its operands to its own arithmetic;
+        // keys are repeated over their group, and their gradient summed, in this dtype.
         let out = promote(x.dtype, cx.plan.residual());
         let tables = cx.rope;
         let y = cx.device.rope(x, &cx.batch.positions, &tables.cos, &tables.sin, heads, false, out)?;
-        cx.observe(Site::block(layer, part, Role::Output), cx.cast(&y, cx.plan.linear())?)
+        cx.observe(Site::block(layer, part, Role::Output), y)
     };
     let (heads, kv_heads) = (cx.config.heads, cx.config.kv_heads);
     let Some((q_weight, k_weight)) = &cx.held.layers[layer].head_norms else {

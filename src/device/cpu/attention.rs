@@ -111,8 +111,9 @@ impl CpuDevice {
                 backward_task(&plan, &head, task, (&d_os, &os, &lses), (&dq, &dk, &dv));
             });
         }
+        // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
+        round_operand(&mut dq, if compute == Compute::Tf32 { Compute::F32 } else { compute });
         for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
-            round_operand(d, if compute == Compute::Tf32 { Compute::F32 } else { compute });
             rounding::round_slice(d, dtype);
         }
         let wrap = |d: Vec<f32>, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);

@@ -71,6 +71,35 @@ pub fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
+/// Σ f(i) over 0..n, n < 16·4·16, in the order of torch.sum over a contiguous last dimension on AVX-512
+/// (SumKernel.cpp `vectorized_inner_sum`): four interleaved rows of 16 lanes, then the scalar tail, then the lanes
+/// one after another. Longer sums cascade there every 16 additions; here they run on.
+#[inline(always)]
+pub fn torch_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    const ROWS: usize = 4;
+    let mut rows = [[0f32; LANES]; ROWS];
+    let vectors = n / LANES;
+    let mut add = |row: usize, vector: usize| {
+        for (l, lane) in rows[row].iter_mut().enumerate() {
+            *lane += f(vector * LANES + l);
+        }
+    };
+    for vector in 0..vectors / ROWS * ROWS {
+        add(vector % ROWS, vector);
+    }
+    for vector in vectors / ROWS * ROWS..vectors {
+        add(0, vector);
+    }
+    let [mut lanes, others @ ..] = rows;
+    for row in others {
+        for (lane, x) in lanes.iter_mut().zip(row) {
+            *lane += x;
+        }
+    }
+    let tail = (vectors * LANES..n).fold(0f32, |sum, i| sum + f(i));
+    lanes.iter().fold(tail, |sum, lane| sum + lane)
+}
+
 /// Largest f(i), NaN if any is NaN (as torch.max), −∞ for none.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {

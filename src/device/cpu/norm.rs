@@ -21,7 +21,7 @@ impl CpuDevice {
             self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(|| {
                 for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
                     let x = &source[(first + i) * columns..][..columns];
-                    let mean = math::sum(columns, |j| x[j] * x[j]) / columns as f32;
+                    let mean = math::torch_sum(columns, |j| x[j] * x[j]) / columns as f32;
                     *r = 1.0 / (mean + eps).sqrt();
                     for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight.iter()) {
                         *y = outer.apply(w * inner.apply(x * *r));
