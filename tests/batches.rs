@@ -4,6 +4,8 @@
 mod common;
 #[path = "batches/orders.rs"]
 mod orders; // generators, splits, lengths
+#[path = "batches/recorded.rs"]
+mod recorded; // whole runs against the rows the trainer fetched
 #[path = "batches/templates.rs"]
 mod templates; // template elements and encoded rows
 #[path = "batches/windows.rs"]

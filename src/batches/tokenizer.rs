@@ -177,7 +177,8 @@ struct Added {
     entries: Vec<Value>,
     /// Every token with its id: the model's and the added ones.
     all: std::collections::HashMap<String, u32>,
-    model_size: u32,
+    /// Id of the next new token: one after the last of all (vocabularies have no holes).
+    next: u32,
 }
 
 impl Added {
@@ -201,7 +202,6 @@ impl Added {
             }
             _ => return Err(Error::input("model.vocab is missing")),
         }
-        let model_size = all.len() as u32;
         let entries = document.get("added_tokens").and_then(Value::as_array).cloned().unwrap_or_default();
         for entry in &entries {
             let (token, id) = (content(entry), entry.get("id").and_then(id_of));
@@ -210,7 +210,8 @@ impl Added {
             };
             all.insert(token, id);
         }
-        Ok(Self { entries, all, model_size })
+        let next = all.values().max().map_or(0, |last| last.saturating_add(1));
+        Ok(Self { entries, all, next })
     }
 
     fn id(&self, content: &str) -> Option<u32> {
@@ -222,12 +223,8 @@ impl Added {
         if self.entries.iter().any(|entry| entry.get("content").and_then(Value::as_str) == Some(token)) {
             return;
         }
-        let last = self.entries.iter().filter_map(|entry| entry.get("id")?.as_u64()).max();
-        let next = match last {
-            Some(last) if last >= u64::from(self.model_size) => last as u32 + 1,
-            _ => self.model_size,
-        };
-        let id = self.id(token).unwrap_or(next);
+        let id = self.id(token).unwrap_or(self.next);
+        self.next = self.next.max(id.saturating_add(1));
         self.all.insert(token.to_string(), id);
         self.entries.push(json!({
             "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,

@@ -1,7 +1,7 @@
 //! Template elements and encoded rows against LLaMA-Factory 0.9.5.
 
 use serde_json::Value;
-use spikeprobe::batches::{Conversation, Element, Encoding, NAMES, template};
+use spikeprobe::batches::{Conversation, Element, Encoding, NAMES, RowId, Tokenizer, template};
 
 use super::common::*;
 
@@ -59,5 +59,48 @@ fn every_template_makes_the_elements_of_llamafactory_0_9_5() {
                 turns.iter().map(|turn| [written(&turn.source), written(&turn.target)]).collect();
             assert_eq!(serde_json::to_value(&turns).unwrap(), *expected, "{name}, {case}");
         }
+    }
+}
+
+/// Rows encoded by LLaMA-Factory 0.9.5 with SmolLM2's tokenizer (here cut down to what these rows can use).
+#[test]
+fn encoded_rows_equal_llamafactorys_ids_and_labels() {
+    let vectors = vector("encode_smollm2.json");
+    let cases = vectors["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 22);
+    let folder = std::env::var_os("SPIKEPROBE_SMOLLM2").map_or(fixtures().join("batches/smollm2_reduced"), Into::into);
+    for case in cases {
+        let options = &case["options"];
+        let flag = |key: &str| options[key].as_bool();
+        let found = template(case["template"].as_str().unwrap(), version("0.9.5")).unwrap();
+        let tokenizer = Tokenizer::load(&folder, &found).unwrap();
+        assert_eq!(
+            (u64::from(tokenizer.eos), u64::from(tokenizer.pad)),
+            (integer(&case["eos_id"]), integer(&case["pad_id"]))
+        );
+        let encoding = Encoding {
+            cutoff_len: options["cutoff_len"].as_u64().unwrap_or(2048) as usize,
+            train_on_prompt: flag("train_on_prompt").unwrap_or(false),
+            mask_history: flag("mask_history").unwrap_or(false),
+            enable_thinking: Some(flag("enable_thinking").unwrap_or(true)),
+            ..Encoding::of_version(found, version("0.9.5"))
+        };
+        let data = &case["data"];
+        let messages: Vec<&str> = data["_prompt"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .chain(data["_response"].as_array().unwrap())
+            .map(|message| message["content"].as_str().unwrap())
+            .collect();
+        let conversation = Conversation {
+            system: data["_system"].as_str().unwrap().into(),
+            turns: messages.chunks(2).map(|pair| (pair[0].into(), pair[1].into())).collect(),
+        };
+        let row = RowId { dataset: 0, row: 0 };
+        let example = encoding.example(row, &conversation, &tokenizer).unwrap();
+        let what = format!("{} {options} {}", case["template"], case["example"]);
+        assert_eq!(serde_json::to_value(&example.input_ids).unwrap(), case["input_ids"], "{what}");
+        assert_eq!(serde_json::to_value(&example.labels).unwrap(), case["labels"], "{what}");
     }
 }
