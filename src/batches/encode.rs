@@ -247,8 +247,7 @@ impl Piece {
                 Element::Text(parts) => {
                     let text: String = parts.iter().map(|(_, text)| text.as_str()).collect();
                     if !text.is_empty() {
-                        let ids = tokenizer.encode(&text)?;
-                        piece.append(parts, &text, &ids, tokenizer);
+                        piece.append(parts, &text, tokenizer)?;
                         continue;
                     }
                 }
@@ -258,26 +257,30 @@ impl Piece {
         Ok(piece)
     }
 
-    fn append(&mut self, parts: &[(Field, String)], text: &str, ids: &[u32], tokenizer: &Tokenizer) {
+    fn append(&mut self, parts: &[(Field, String)], text: &str, tokenizer: &Tokenizer) -> Result<()> {
         let base = self.ids.len();
-        self.ids.extend_from_slice(ids);
         if let [(field, _)] = parts {
-            return self.cover(self.ids.len(), *field);
+            self.ids.extend(tokenizer.encode(text)?);
+            self.cover(self.ids.len(), *field);
+            return Ok(());
         }
-        let starts = tokenizer.starts(text, ids);
+        let (ids, starts) = tokenizer.encode_with_starts(text)?;
+        let count = ids.len();
+        self.ids.extend(ids);
         let mut boundary = 0;
         for (field, part) in parts {
             boundary += part.len();
             // The tokens that start in front of the boundary; the last part takes the rest.
-            let end = if boundary == text.len() { ids.len() } else { starts.partition_point(|&s| s < boundary) };
+            let end = if boundary == text.len() { count } else { starts.partition_point(|&s| s < boundary) };
             self.cover(base + end, *field);
         }
+        Ok(())
     }
 
     /// Says that tokens up to `end` that are not yet covered come from `field`.
     fn cover(&mut self, end: usize, field: Field) {
         let begin = self.spans.last().map_or(0, |(range, _)| range.end);
-        if begin == end {
+        if begin >= end {
             return;
         }
         match self.spans.last_mut() {

@@ -9,7 +9,6 @@ mod rows;
 mod shard;
 mod source;
 mod split;
-mod surfaces;
 mod template;
 mod tokenizer;
 mod windows;

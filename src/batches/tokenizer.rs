@@ -4,9 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tokenizers::pipeline::{EncodeOptions, PipelineToken, PipelineTokenizer};
+use tokenizers::AddedToken;
 
-use super::surfaces::Surfaces;
 use super::template::Template;
 use crate::{Error, Result};
 
@@ -14,11 +13,10 @@ use crate::{Error, Result};
 const SPECIAL_ROLES: &[&str] =
     &["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// A tokenizer with a template's special tokens registered.
+/// A tokenizer with a template's special tokens registered. The `tokenizers` crate is the one behind
+/// transformers' fast tokenizers.
 pub struct Tokenizer {
-    pipeline: PipelineTokenizer,
-    options: EncodeOptions,
-    surfaces: Surfaces,
+    inner: tokenizers::Tokenizer,
     pub bos: Option<u32>,
     pub eos: u32,
     pub pad: u32,
@@ -29,37 +27,35 @@ impl Tokenizer {
     /// Loads `model_dir`/tokenizer.json and registers what `template` needs.
     ///
     /// # Errors
-    /// No tokenizer.json, a broken one, or one with a component that is not covered.
+    /// No tokenizer.json, or a broken one.
     pub fn load(model_dir: &Path, template: &Template) -> Result<Self> {
         let path = model_dir.join("tokenizer.json");
         if !path.is_file() {
             return Err(missing(model_dir, &path));
         }
-        let mut document = object(&path)?;
+        let broken = |error: tokenizers::Error| {
+            Error::input(format!("not a tokenizer: {error}"))
+                .at_path(&path)
+                .next("save it again with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
+        };
+        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(broken)?;
+        // LLaMA-Factory encodes elements whole and cuts them itself.
+        inner.with_truncation(None).map_err(broken)?;
+        inner.with_padding(None);
         let mut names = Names::read(model_dir)?;
-        let mut added = Added::new(&document).map_err(|error| error.at_path(&path))?;
-        for (content, special) in &names.registered {
-            added.register(content, *special);
+        let mut wanted = std::mem::take(&mut names.registered);
+        wanted.extend(fix_special_tokens(template, &mut names).into_iter().map(|token| (token, true)));
+        for (token, special) in wanted {
+            // A token that is already added stays as it is; one of the model's keeps its id.
+            let known = inner.get_added_vocabulary().get_vocab().contains_key(&token);
+            if !known {
+                inner.add_tokens([AddedToken::from(token, special)]).map_err(broken)?;
+            }
         }
-        fix_special_tokens(template, &mut names, &mut added);
-        let id = |name: &Option<String>| name.as_ref().and_then(|name| added.id(name));
+        let id = |name: &Option<String>| name.as_ref().and_then(|name| inner.token_to_id(name));
         let (bos, eos, pad) = (id(&names.bos), id(&names.eos), id(&names.pad));
         let eos = eos.ok_or_else(|| Error::internal("the eos token was not registered").at_path(&path))?;
-        let surfaces = Surfaces::new(&document, &added.all);
-        document["added_tokens"] = Value::Array(added.entries);
-        // Neither acts on element-wise encoding without special tokens, and LLaMA-Factory sets no limits.
-        for part in ["truncation", "padding", "post_processor"] {
-            document[part] = Value::Null;
-        }
-        let broken = |error: String| {
-            Error::refused(format!("this tokenizer cannot be used: {error}"))
-                .at_path(&path)
-                .next("save it again with a recent transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
-        };
-        tokenizers::canonicalize_value(&mut document).map_err(|error| broken(error.to_string()))?;
-        let pipeline = tokenizers::from_json(&document.to_string()).map_err(|error| broken(error.to_string()))?;
-        let options = EncodeOptions { add_special_tokens: false, ..EncodeOptions::default() };
-        Ok(Self { pipeline, options, surfaces, bos, eos, pad: pad.unwrap_or(eos), path })
+        Ok(Self { inner, bos, eos, pad: pad.unwrap_or(eos), path })
     }
 
     /// Ids of one template element, without special tokens around it.
@@ -67,17 +63,21 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer cannot encode the text (a model without an unknown token).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let mut tokens = Vec::with_capacity(text.len() / 3 + 1);
-        self.pipeline
-            .encode_into(text, &self.options, &mut tokens)
-            .map_err(|error| Error::input(format!("cannot tokenize: {error}")).at_path(&self.path))?;
-        Ok(PipelineToken::cast_slice(&tokens).to_vec())
+        let encoded = self.inner.encode_fast(text, false).map_err(|error| self.failed(&error))?;
+        Ok(encoded.get_ids().to_vec())
     }
 
-    /// Byte offset in `text` at which each of its `ids` starts; exact for byte-level tokenizers, the best
-    /// match where a normalizer rewrote the text.
-    pub fn starts(&self, text: &str, ids: &[u32]) -> Vec<usize> {
-        self.surfaces.starts(text, ids)
+    /// The same with the byte offset in `text` at which each token starts.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_starts(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
+        let encoded = self.inner.encode(text, false).map_err(|error| self.failed(&error))?;
+        Ok((encoded.get_ids().to_vec(), encoded.get_offsets().iter().map(|&(start, _)| start).collect()))
+    }
+
+    fn failed(&self, error: &tokenizers::Error) -> Error {
+        Error::input(format!("cannot tokenize: {error}")).at_path(&self.path)
     }
 }
 
@@ -149,86 +149,18 @@ fn content(token: &Value) -> Option<String> {
     (!text.is_empty()).then(|| text.to_string())
 }
 
-/// llamafactory Template.fix_special_tokens.
-fn fix_special_tokens(template: &Template, names: &mut Names, added: &mut Added) {
+/// llamafactory Template.fix_special_tokens: settles eos and pad, returns the tokens to register.
+fn fix_special_tokens(template: &Template, names: &mut Names) -> Vec<String> {
     let mut stop_words = template.stop_words;
+    let mut register = Vec::new();
     if let (true, Some((first, rest))) = (template.replace_eos, stop_words.split_first()) {
-        added.register(first, true);
         names.eos = Some((*first).to_string());
         stop_words = rest;
     }
-    if names.eos.is_none() {
-        names.eos = Some("<|endoftext|>".into());
-    }
-    // transformers registered a named eos already; a name that the vocabulary lacks is added here.
-    if let Some(eos) = &names.eos {
-        added.register(eos, true);
-    }
+    register.push(names.eos.get_or_insert_with(|| "<|endoftext|>".into()).clone());
     if names.pad.is_none() {
         names.pad.clone_from(&names.eos);
     }
-    for word in stop_words {
-        added.register(word, true);
-    }
-}
-
-/// The vocabulary and the added tokens of a tokenizer.json under edit.
-struct Added {
-    entries: Vec<Value>,
-    /// Every token with its id: the model's and the added ones.
-    all: std::collections::HashMap<String, u32>,
-    /// Id of the next new token: one after the last of all (vocabularies have no holes).
-    next: u32,
-}
-
-impl Added {
-    fn new(document: &Value) -> Result<Self> {
-        let vocabulary = document.get("model").and_then(|model| model.get("vocab"));
-        let mut all = std::collections::HashMap::new();
-        let id_of = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-        match vocabulary {
-            Some(Value::Object(tokens)) => {
-                for (token, id) in tokens {
-                    let id = id_of(id).ok_or_else(|| Error::input(format!("model.vocab: `{token}` has no id")))?;
-                    all.insert(token.clone(), id);
-                }
-            }
-            // Unigram: [token, score] pairs in id order.
-            Some(Value::Array(pairs)) => {
-                for (id, pair) in (0u32..).zip(pairs) {
-                    let token = pair.get(0).and_then(Value::as_str);
-                    all.insert(token.ok_or_else(|| Error::input("model.vocab: a pair without a token"))?.into(), id);
-                }
-            }
-            _ => return Err(Error::input("model.vocab is missing")),
-        }
-        let entries = document.get("added_tokens").and_then(Value::as_array).cloned().unwrap_or_default();
-        for entry in &entries {
-            let (token, id) = (content(entry), entry.get("id").and_then(id_of));
-            let (Some(token), Some(id)) = (token, id) else {
-                return Err(Error::input("added_tokens: an entry without content or id"));
-            };
-            all.insert(token, id);
-        }
-        let next = all.values().max().map_or(0, |last| last.saturating_add(1));
-        Ok(Self { entries, all, next })
-    }
-
-    fn id(&self, content: &str) -> Option<u32> {
-        self.all.get(content).copied()
-    }
-
-    /// `tokenizer.add_tokens`: a token that is already added stays as it is; one of the model's keeps its id.
-    fn register(&mut self, token: &str, special: bool) {
-        if self.entries.iter().any(|entry| entry.get("content").and_then(Value::as_str) == Some(token)) {
-            return;
-        }
-        let id = self.id(token).unwrap_or(self.next);
-        self.next = self.next.max(id.saturating_add(1));
-        self.all.insert(token.to_string(), id);
-        self.entries.push(json!({
-            "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": !special, "special": special,
-        }));
-    }
+    register.extend(stop_words.iter().map(|word| (*word).to_string()));
+    register
 }

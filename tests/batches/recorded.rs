@@ -34,29 +34,48 @@ fn lines(path: &Path) -> Vec<Value> {
 
 /// Step a run's configuration resumes from, by its own words.
 fn resumed_from(run: &Run) -> Option<u64> {
-    let path = run.config.resume_from_checkpoint.as_ref()?;
-    path.to_str()?.rsplit_once("checkpoint-")?.1.trim_end_matches('/').parse().ok()
+    let path = run.config.written.get("resume_from_checkpoint")?;
+    path.as_str()?.rsplit_once("checkpoint-")?.1.trim_end_matches('/').parse().ok()
 }
 
-/// Holds the plan against order.jsonl: the rows of every batch fetched, one line a batch. Where batches of an
-/// epoch are never trained, the loader still fetched one ahead before the epoch was given up.
-fn compare_order(folder: &Path, corpus: &Corpus, plan: &Plan) {
+/// Holds the plan against order.jsonl: the rows of every batch fetched, one line a batch; of a run with a
+/// validation split, positions in what is left to train on. Evaluations fetch their rows in between. Where batches
+/// of an epoch are never trained, the loader still fetched one ahead before the epoch was given up.
+fn compare_order(folder: &Path, run: &Run, corpus: &Corpus, plan: &Plan) {
     let fetched: Vec<Vec<u32>> = lines(&folder.join("order.jsonl")).iter().map(integers).collect();
-    let mut line = 0;
-    let mut epoch = None;
+    let evaluation: Vec<Vec<u32>> = corpus
+        .eval
+        .iter()
+        .flat_map(|(_, rows)| {
+            let positions: Vec<u32> = (0..rows.len() as u32).collect();
+            positions.chunks(run.config.per_device_eval_batch_size).map(<[u32]>::to_vec).collect::<Vec<_>>()
+        })
+        .collect();
+    let mut rest = fetched.as_slice();
+    let mut last_epoch = 0;
     for step in plan.steps() {
-        for micro in plan.window(step).unwrap().micro_batches {
-            let rows: Vec<u32> = micro.examples.iter().map(|&i| corpus.train[i].row.row).collect();
-            let starts_epoch = epoch.is_some_and(|epoch| plan.window(step).unwrap().epoch_index != epoch);
-            if starts_epoch && fetched.get(line) != Some(&rows) {
-                line += 1;
+        let window = plan.window(step).unwrap();
+        for micro in &window.micro_batches {
+            let row = |&i: &usize| if run.config.val_size > 0.0 { i as u32 } else { corpus.train[i].row.row };
+            let rows: Vec<u32> = micro.examples.iter().map(row).collect();
+            if rest.first() != Some(&rows) && !evaluation.is_empty() && rest.starts_with(&evaluation) {
+                rest = &rest[evaluation.len()..];
             }
-            epoch = Some(plan.window(step).unwrap().epoch_index);
-            assert_eq!(fetched.get(line), Some(&rows), "{}: step {step}, line {}", folder.display(), line + 1);
-            line += 1;
+            if rest.first() != Some(&rows) && window.epoch_index != last_epoch {
+                rest = &rest[1..];
+                last_epoch = window.epoch_index;
+            }
+            let line = fetched.len() - rest.len() + 1;
+            assert_eq!(rest.first(), Some(&rows), "{}: step {step}, line {line}", folder.display());
+            rest = &rest[1..];
         }
+        last_epoch = window.epoch_index;
     }
-    assert!(fetched.len() - line <= 1, "{}: {} batches were fetched after the last", folder.display(), fetched.len());
+    // The last step's evaluation, and the one after training.
+    while !evaluation.is_empty() && rest.starts_with(&evaluation) {
+        rest = &rest[evaluation.len()..];
+    }
+    assert!(rest.len() <= 1, "{}: batches were fetched after the last: {rest:?}", folder.display());
 }
 
 /// micro.jsonl: step before, N and predicted labels of every micro-batch that was trained.
@@ -82,7 +101,7 @@ fn compare(folder: &Path) {
     let run = open_recorded(folder);
     let corpus = Corpus::load(&run, &run.config).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let plan = Plan::new(&corpus, &run.config, &run.semantics, resumed_from(&run)).unwrap();
-    compare_order(folder, &corpus, &plan);
+    compare_order(folder, &run, &corpus, &plan);
     compare_micro(folder, &corpus, &plan);
     for example in &corpus.train {
         assert_eq!(example.input_ids.len(), example.labels.len());
