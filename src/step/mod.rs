@@ -1,11 +1,228 @@
 //! Accumulate, unscale, clip, update, schedule, loss scale: one optimizer step from one window.
+//!
+//! ```text
+//! window ─► seeds (loss) ─► pass (model) ─► unscale (scaler) ─► norm, clip ─► update (optimizer) ─► schedule
+//! ```
+//! [`step`] reads as that line. What the window holds belongs to `batches/`, forward and backward to `model/`.
 
 mod clip;
 mod loss;
+mod optimizer;
 mod scaler;
 mod schedule;
+mod state;
 
 pub use clip::{Clip, clip, round};
 pub use loss::{LossRules, Normaliser, RunningLoss};
+pub use optimizer::{Moments, Optimizer, Rule};
 pub use scaler::GradScaler;
 pub use schedule::{Schedule, ScheduleSpec, warmup_steps};
+pub use state::TrainState;
+
+use crate::batches::Window;
+use crate::device::{DType, Device, Tensor};
+use crate::model::{Adapter, Engine, Gradients, PassOptions, PassOutput, Ragged};
+use crate::run::{LoggedLearningRate, TrainConfig, TrainerSemantics};
+use crate::{Error, Result};
+
+/// What stays the same over all steps of one attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepRules {
+    pub optimizer: Optimizer,
+    pub schedule: Schedule,
+    pub loss: LossRules,
+    pub max_grad_norm: f64,
+    /// logging_nan_inf_filter.
+    pub nan_filter: bool,
+    pub logging_steps: u64,
+    pub logging_first_step: bool,
+    pub logged_learning_rate: LoggedLearningRate,
+    /// A skipped fp16 step still advances the schedule (fused AdamW, contract 15.4).
+    pub skip_advances_schedule: bool,
+}
+
+impl StepRules {
+    /// Rules of an attempt whose schedule spans `total` steps (the plan's T).
+    ///
+    /// # Errors
+    /// Optimizers and schedules that are not covered.
+    pub fn new(config: &TrainConfig, semantics: &TrainerSemantics, total: u64) -> Result<Self> {
+        let warmup = warmup_steps(config.warmup_steps, config.warmup_ratio, total, semantics.logs_unclipped_norm);
+        let spec = ScheduleSpec {
+            name: &config.lr_scheduler_type,
+            kwargs: &config.lr_scheduler_kwargs,
+            base: config.learning_rate,
+            total,
+            warmup,
+        };
+        Ok(Self {
+            optimizer: Optimizer::new(config)?,
+            schedule: Schedule::new(&spec)?,
+            loss: LossRules::new(semantics, config),
+            max_grad_norm: config.max_grad_norm,
+            nan_filter: config.logging_nan_inf_filter,
+            logging_steps: config.logging_steps.max(1) as u64,
+            logging_first_step: config.logging_first_step,
+            logged_learning_rate: semantics.logged_lr,
+            skip_advances_schedule: semantics.skip_advances_schedule,
+        })
+    }
+
+    /// Whether the trainer writes a log line after `step`.
+    pub fn logs_at(&self, step: u64) -> bool {
+        step.is_multiple_of(self.logging_steps) || (step == 1 && self.logging_first_step)
+    }
+
+    /// Learning rate of each group's next update.
+    pub fn learning_rates(&self, state: &TrainState) -> Vec<f64> {
+        if let Some(stored) = &state.stored_learning_rates {
+            return stored.clone();
+        }
+        let factor = self.schedule.factor(state.schedule_steps);
+        state.base_learning_rates.iter().map(|base| base * factor).collect()
+    }
+}
+
+/// One step's inputs besides rules and state.
+#[derive(Debug)]
+pub struct StepInput<'a> {
+    pub window: &'a Window,
+    /// The window's rows, micro-batches as units in the same order.
+    pub batch: &'a Ragged,
+    pub options: &'a PassOptions,
+    /// Replaces the schedule's learning rate, per group.
+    pub learning_rates: Option<Vec<f64>>,
+}
+
+/// What one step did.
+#[derive(Debug)]
+pub struct StepOutput {
+    /// Per group, as the update used them.
+    pub learning_rates: Vec<f64>,
+    /// First group's, as this trainer version prints it.
+    pub learning_rate_logged: f64,
+    /// This step's own loss, NaN filter included, and without it.
+    pub loss: f64,
+    pub loss_raw: f64,
+    /// Mean over the logging window where the trainer logs after this step.
+    pub loss_logged: Option<f64>,
+    pub clip: Clip,
+    /// ‖Δw‖₂ over the adapter.
+    pub update_norm: f64,
+    pub loss_scale: Option<f64>,
+    pub skipped: bool,
+    /// Non-finite elements of the accumulated gradient.
+    pub nonfinite: u64,
+    /// Per micro-batch, as the trainer adds them up.
+    pub micro_losses: Vec<f32>,
+    pub pass: PassOutput,
+}
+
+/// Runs one optimizer step and moves `state` past it.
+///
+/// # Errors
+/// Those of the pass and the device. `state` is then unusable.
+pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &StepInput<'_>) -> Result<StepOutput> {
+    let device = engine.device();
+    let units = &input.window.micro_batches;
+    if input.batch.units() != units.len() {
+        return Err(Error::internal(format!("{} units for {} micro-batches", input.batch.units(), units.len())));
+    }
+    let labels = input.batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
+    let normalisers: Vec<Normaliser> = units.iter().zip(labels).map(|(m, c)| rules.loss.of(&m.fetched, c)).collect();
+    let loss_scale = state.scaler.map(|s| s.scale);
+    // A micro-batch without labels has no positions to seed; its seed may be infinite (1/0).
+    let scale = loss_scale.unwrap_or(1.0) as f32;
+    let seeds: Vec<f32> = normalisers.iter().map(|n| n.seed * scale).collect();
+    let mut gradients = Gradients::zeros(device, &state.adapter)?;
+    let pass = engine.pass(&state.adapter, input.batch, &seeds, input.options, &mut gradients)?;
+
+    let micro_losses: Vec<f32> =
+        normalisers.iter().zip(&pass.units).map(|(n, unit)| n.loss(f64::from(unit.loss_sum))).collect();
+    let mut own = RunningLoss::new(rules.loss.world_size, state.step);
+    for (unit, &loss) in units.iter().zip(&micro_losses) {
+        own.add(unit.rank.into(), loss, state.step, rules.nan_filter);
+        state.running_loss.add(unit.rank.into(), loss, state.step, rules.nan_filter);
+    }
+
+    if let Some(scaler) = &state.scaler {
+        for gradient in &mut gradients.tensors {
+            device.scale_in_place(gradient, scaler.inverse())?;
+        }
+    }
+    let (norms, nonfinite) = tensor_norms(device, &gradients.tensors)?;
+    let clipped = clip(&norms, rules.max_grad_norm, state.adapter.dtype);
+    // Multiplying by exactly 1 changes nothing, NaN included.
+    if clipped.coefficient != 1.0 {
+        for gradient in &mut gradients.tensors {
+            device.scale_in_place(gradient, clipped.coefficient)?;
+        }
+    }
+
+    let learning_rates = input.learning_rates.clone().unwrap_or_else(|| rules.learning_rates(state));
+    let skipped = state.scaler.is_some() && nonfinite > 0;
+    let mut update_norm = 0.0;
+    if !skipped {
+        let before = state.adapter.clone();
+        rules.optimizer.update(device, &mut state.adapter, &mut state.moments, &gradients, &learning_rates)?;
+        update_norm = distance(device, &before, &state.adapter)?;
+    }
+    if let Some(scaler) = &mut state.scaler {
+        scaler.update(nonfinite > 0);
+    }
+    if !skipped || rules.skip_advances_schedule {
+        state.schedule_steps += 1;
+        state.stored_learning_rates = None;
+    }
+    state.step += 1;
+
+    let learning_rate_logged = match rules.logged_learning_rate {
+        LoggedLearningRate::Used => learning_rates[0],
+        LoggedLearningRate::Next => rules.learning_rates(state)[0],
+    };
+    let (loss, loss_raw) = own.mean(state.step);
+    let mut loss_logged = None;
+    if rules.logs_at(state.step) {
+        loss_logged = Some(state.running_loss.mean(state.step).0);
+        state.running_loss.logged(state.step);
+    }
+    Ok(StepOutput {
+        learning_rates,
+        learning_rate_logged,
+        loss,
+        loss_raw,
+        loss_logged,
+        clip: clipped,
+        update_norm,
+        loss_scale,
+        skipped,
+        nonfinite,
+        micro_losses,
+        pass,
+    })
+}
+
+/// ‖g‖₂ of every tensor, and the number of non-finite elements of all.
+fn tensor_norms(device: &dyn Device, tensors: &[Tensor]) -> Result<(Vec<f32>, u64)> {
+    let mut norms = Vec::with_capacity(tensors.len());
+    let mut nonfinite = 0;
+    for tensor in tensors {
+        for (norm, count) in device.norms(tensor, &[0, tensor.rows()])? {
+            norms.push(norm);
+            nonfinite += count;
+        }
+    }
+    Ok((norms, nonfinite))
+}
+
+/// ‖after − before‖₂ over all matrices.
+fn distance(device: &dyn Device, before: &Adapter, after: &Adapter) -> Result<f64> {
+    let mut squares = 0.0;
+    for (old, new) in before.matrices().zip(after.matrices()) {
+        let difference = device.add(new, &device.scale(old, -1.0, old.dtype)?, DType::F32)?;
+        for (norm, _) in device.norms(&difference, &[0, difference.rows()])? {
+            squares += f64::from(norm).powi(2);
+        }
+    }
+    Ok(squares.sqrt())
+}
