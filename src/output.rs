@@ -80,3 +80,8 @@ pub fn color() -> bool {
 pub fn progress() -> bool {
     std::io::stderr().is_terminal()
 }
+
+/// Redraws the one line of progress on standard error; empty clears it.
+pub fn status(text: &str) {
+    let _ = write!(std::io::stderr().lock(), "\r\x1b[K{text}");
+}

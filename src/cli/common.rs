@@ -2,11 +2,15 @@
 //!
 //! Owns `--root --json --device --threads -q -v --versions`. What a subcommand adds is in its own file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::Value;
 
+use crate::device::Device;
+use crate::device::cpu::CpuDevice;
+use crate::replay::{Replayer, Source};
 use crate::{Error, Result, output};
 
 /// As typed.
@@ -70,18 +74,35 @@ fn parse_version(typed: &str) -> std::result::Result<(String, String), String> {
 }
 
 impl Common {
-    /// Applies what concerns the whole process: the number of threads. Called once, before any computation.
+    /// The device that `--device` means.
     ///
     /// # Errors
-    /// When the thread pool cannot be made.
-    pub fn prepare(&self) -> Result<()> {
-        if let Some(threads) = self.threads {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads.into())
-                .build_global()
-                .map_err(|e| Error::device(format!("cannot start {threads} threads: {e}")).at("--threads"))?;
+    /// A device that was asked for and is not there.
+    pub fn open_device(&self) -> Result<Arc<dyn Device>> {
+        match self.device {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Arc::new(CpuDevice::new(self.threads.map(usize::from))?)),
+            DeviceChoice::Cuda(ordinal) => Err(Error::device("this build has no CUDA device")
+                .at(format!("--device cuda:{ordinal}"))
+                .next("use --device cpu")),
         }
-        Ok(())
+    }
+
+    /// Where a run lies, with what the command line says about it.
+    pub fn source(&self, run: &Path, overrides: &[(String, String)]) -> Source {
+        Source {
+            path: run.to_owned(),
+            root: self.root.clone(),
+            overrides: overrides.to_vec(),
+            versions: self.versions.clone(),
+        }
+    }
+
+    /// Opens a run for replays on the chosen device.
+    ///
+    /// # Errors
+    /// Anything of the run that is missing, broken or not covered.
+    pub fn open_replayer(&self, run: &Path, overrides: &[(String, String)]) -> Result<Replayer> {
+        Replayer::open(self.source(run, overrides), self.open_device()?)
     }
 
     /// Whether the text for people goes to standard output (it does not where JSON does).

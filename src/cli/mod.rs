@@ -33,7 +33,6 @@ pub enum Command {
 /// Whatever the subcommand could not do; `main` turns it into an exit code.
 pub fn run(options: &Options) -> Result<()> {
     let common = &options.common;
-    common.prepare()?;
     match &options.command {
         Command::Replay(args) => replay::run(args, common),
     }

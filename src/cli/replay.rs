@@ -1,11 +1,23 @@
 //! `spikeprobe replay`: re-run the optimizer steps of a run and hold them against its log.
+//!
+//! Owns what is typed for it and the table for people; the replay is `replay::Replayer`'s.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args as ClapArgs;
+use serde_json::Value;
 
 use super::Common;
-use crate::{Error, Result};
+use crate::batches::{Corpus, RowId};
+use crate::device::DType;
+use crate::model::PrecisionPlan;
+use crate::replay::{
+    Certificate, Comparison, Envelope, Intervention, Observer, Replayer, Reproduction, Start, StepRecord, Trace,
+    certify, step_json, trace_json,
+};
+use crate::{Error, Result, error, output};
 
 /// As typed.
 #[derive(Debug, ClapArgs)]
@@ -13,12 +25,333 @@ pub struct Args {
     /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one.
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
+    /// Where to start: initial (step 0) or the step of a checkpoint.
+    #[arg(long, value_name = "initial|K", default_value = "initial", value_parser = parse_start)]
+    pub from: Start,
+    /// Last step to replay [default: the last logged one].
+    #[arg(long, value_name = "STEP", conflicts_with = "steps")]
+    pub to: Option<u64>,
+    /// How many steps to replay.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: Option<u64>,
+    /// Change a configuration key for this replay; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_setting)]
+    pub set: Vec<(String, String)>,
+    /// Mask the labels of these dataset rows (counted from 0), keeping order and windows: data:3,data:17
+    #[arg(long, value_name = "DATASET:ROW,...", value_delimiter = ',', value_parser = parse_row)]
+    pub neutralise_rows: Vec<(String, u32)>,
+    /// Compute in another precision than the run did.
+    #[arg(long, value_name = "PRECISION", value_parser = ["fp32", "tf32", "bf16", "fp16", "pure_bf16"])]
+    pub precision: Option<String>,
+    /// Add noise of half an ulp to every block's input, from this seed; several seeds show how far honest
+    /// arithmetic may differ.
+    #[arg(long, value_name = "SEED")]
+    pub perturb: Option<u64>,
+    /// Perturbed replays from which the certificate's envelope is taken.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub envelope: u64,
+    /// Write each step as a line of JSON while it is replayed.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+}
+
+fn parse_start(typed: &str) -> std::result::Result<Start, String> {
+    if typed == "initial" {
+        return Ok(Start::Initial);
+    }
+    let digits = typed.strip_prefix("checkpoint-").unwrap_or(typed);
+    digits.parse().map(Start::Checkpoint).map_err(|_| "expected initial or the step of a checkpoint".to_owned())
+}
+
+fn parse_setting(typed: &str) -> std::result::Result<(String, String), String> {
+    let (key, value) = typed.split_once('=').ok_or("expected KEY=VALUE")?;
+    Ok((key.trim().to_owned(), value.to_owned()))
+}
+
+fn parse_row(typed: &str) -> std::result::Result<(String, u32), String> {
+    let (name, row) = typed.rsplit_once(':').ok_or("expected DATASET:ROW")?;
+    let row = row.parse().map_err(|_| format!("`{row}` is not a row number"))?;
+    Ok((name.to_owned(), row))
 }
 
 /// Replays and prints.
 ///
 /// # Errors
 /// When the run cannot be read or replayed.
-pub fn run(args: &Args, _common: &Common) -> Result<()> {
-    Err(Error::internal("not built yet").at_path(&args.run))
+pub fn run(args: &Args, common: &Common) -> Result<()> {
+    let replayer = common.open_replayer(&args.run, &[])?;
+    let interventions = args.interventions(&replayer)?;
+    let to = args.last_step(&replayer, &interventions)?;
+    if common.verbose {
+        for line in replayer.run().evidence() {
+            common.remark(&line);
+        }
+    }
+    let mut recorder = Recorder::new(common, &replayer, args, to);
+    let outcome = replayer.replay(&args.from, to, &interventions, &mut recorder);
+    let (trace, cut) = match outcome {
+        Ok(trace) => (trace, None),
+        Err(e) if e.kind == error::Kind::Interrupted && !recorder.steps.is_empty() => {
+            (Trace { start: args.from.clone(), steps: std::mem::take(&mut recorder.steps) }, Some(e))
+        }
+        Err(e) => return Err(e),
+    };
+    let perturbed = match cut {
+        None => args.perturbed(&replayer, to, &interventions)?,
+        Some(_) => Vec::new(),
+    };
+    recorder.finish()?;
+    let scene = replayer.scene_for(&interventions)?;
+    let floor = Envelope::floor(scene.engine.plan());
+    let certificate = certify(&scene.run.log.rows, scene.run.semantics.rounds_loss, floor, &trace, &perturbed);
+    common.print(&table(&trace, &certificate, &scene.corpus))?;
+    common.write_json(&trace_json(&trace, &certificate, &scene.run.log.rows, &scene.corpus, cut.is_none()))?;
+    cut.map_or(Ok(()), Err)
+}
+
+impl Args {
+    fn interventions(&self, replayer: &Replayer) -> Result<Vec<Intervention>> {
+        let mut all: Vec<Intervention> = self
+            .set
+            .iter()
+            .map(|(key, value)| Intervention::Set { key: key.clone(), value: Value::from(value.as_str()) })
+            .collect();
+        if !self.neutralise_rows.is_empty() {
+            let rows = self.neutralise_rows.iter().map(|(name, row)| find_row(replayer.corpus(), name, *row));
+            all.push(Intervention::NeutraliseRows(rows.collect::<Result<_>>()?));
+        }
+        if let Some(precision) = &self.precision {
+            all.push(Intervention::Precision(precision_plan(precision, replayer)?));
+        }
+        if let Some(seed) = self.perturb {
+            all.push(Intervention::Perturb { seed });
+        }
+        Ok(all)
+    }
+
+    fn last_step(&self, replayer: &Replayer, interventions: &[Intervention]) -> Result<u64> {
+        let first = match self.from {
+            Start::Initial => 0,
+            Start::Checkpoint(step) => step,
+        };
+        let end = replayer.scene_for(interventions)?.last_step();
+        let logged = replayer.run().log.rows.iter().map(|r| r.step).max();
+        Ok(match (self.to, self.steps) {
+            (Some(to), _) => to,
+            (None, Some(steps)) => first.saturating_add(steps).min(end),
+            // The end of the plan where the log ends before the start: an unlogged run, or a changed one.
+            (None, None) => logged.filter(|&l| l > first).map_or(end, |l| l.min(end)),
+        })
+    }
+
+    fn perturbed(&self, replayer: &Replayer, to: u64, interventions: &[Intervention]) -> Result<Vec<Trace>> {
+        let seeds = 1..=self.envelope;
+        seeds
+            .map(|seed| {
+                let mut noisy = interventions.to_vec();
+                noisy.push(Intervention::Perturb { seed: self.perturb.unwrap_or(0).wrapping_mul(1000) + seed });
+                replayer.replay(&self.from, to, &noisy, &mut crate::replay::Silent)
+            })
+            .collect()
+    }
+}
+
+fn find_row(corpus: &Corpus, name: &str, row: u32) -> Result<RowId> {
+    let names: Vec<&str> = corpus.datasets.iter().map(|d| d.name.as_str()).collect();
+    let wrong = |what: String, next: String| Error::usage(what).at("--neutralise-rows").next(next);
+    let dataset = names
+        .iter()
+        .position(|n| *n == name)
+        .ok_or_else(|| wrong(format!("the run has no dataset `{name}`"), format!("it has {}", names.join(", "))))?;
+    let id = RowId { dataset: dataset as u16, row };
+    if !corpus.train.iter().any(|e| e.row == id) {
+        let what = format!("row {row} of {name} is not among the training rows");
+        return Err(wrong(what, "rows count from 0 in the dataset file".to_owned()));
+    }
+    Ok(id)
+}
+
+/// The run's plan with another arithmetic.
+fn precision_plan(name: &str, replayer: &Replayer) -> Result<PrecisionPlan> {
+    let own = replayer.run().precision()?.plan;
+    let f32_all = PrecisionPlan { base: own.base, ..PrecisionPlan::F32 };
+    Ok(match name {
+        // Half weights hold the same values in f32: only the arithmetic widens.
+        "fp32" => PrecisionPlan { upcast_norm: own.upcast_norm, ..PrecisionPlan::F32 },
+        "tf32" => PrecisionPlan { tf32: true, upcast_norm: own.upcast_norm, ..PrecisionPlan::F32 },
+        "bf16" => PrecisionPlan { autocast: Some(DType::BF16), upcast_norm: own.upcast_norm, ..f32_all },
+        "fp16" => {
+            PrecisionPlan { autocast: Some(DType::F16), loss_scaling: true, upcast_norm: own.upcast_norm, ..f32_all }
+        }
+        _ => PrecisionPlan { base: DType::BF16, adapter: DType::BF16, ..PrecisionPlan::F32 },
+    })
+}
+
+/// Collects the steps, writes `--trace`, shows progress.
+struct Recorder<'a> {
+    common: &'a Common,
+    replayer: &'a Replayer,
+    trace: Option<&'a PathBuf>,
+    lines: String,
+    steps: Vec<StepRecord>,
+    to: u64,
+    began: Instant,
+    progress: bool,
+}
+
+/// Seconds of remaining work from which the first step's time is announced.
+const LONG: f64 = 60.0;
+
+impl<'a> Recorder<'a> {
+    fn new(common: &'a Common, replayer: &'a Replayer, args: &'a Args, to: u64) -> Self {
+        Self {
+            common,
+            replayer,
+            trace: args.trace.as_ref(),
+            lines: String::new(),
+            steps: Vec::new(),
+            to,
+            began: Instant::now(),
+            progress: !common.quiet && output::progress(),
+        }
+    }
+
+    /// Puts `--trace` in place, whole.
+    fn finish(&mut self) -> Result<()> {
+        if self.progress {
+            output::status("");
+        }
+        match self.trace {
+            Some(path) => output::write_text(path, &self.lines),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Observer for Recorder<'_> {
+    fn step(&mut self, record: &StepRecord) -> Result<()> {
+        if self.trace.is_some() {
+            let rows = &self.replayer.run().log.rows;
+            let logged = rows.iter().find(|r| r.attempt == record.attempt && r.step == record.step);
+            let _ = writeln!(self.lines, "{}", step_json(record, logged, self.replayer.corpus()));
+        }
+        self.steps.push(record.clone());
+        let done = self.steps.len() as f64;
+        let left = self.began.elapsed().as_secs_f64() / done * self.to.saturating_sub(record.step) as f64;
+        if self.steps.len() == 1 && left > LONG {
+            self.common.remark(&format!("about {:.0} minutes for {} more steps", left / 60.0, self.to - record.step));
+        }
+        if self.progress {
+            output::status(&format!("step {} of {}, {left:.0} s left", record.step, self.to));
+        }
+        Ok(())
+    }
+}
+
+/// One line a step: replayed against logged.
+fn table(trace: &Trace, certificate: &Certificate, corpus: &Corpus) -> String {
+    let mut text =
+        String::from("  step        loss      logged   deviation   grad_norm      logged   deviation  learning rate\n");
+    for step in &trace.steps {
+        let comparison = certificate.comparisons.iter().find(|c| c.step == step.step);
+        let logged = comparison.map(|c| &c.logged);
+        let mark = match comparison {
+            Some(c) if !c.agrees => "≠",
+            Some(c) if c.after_bump => "~",
+            Some(_) => "=",
+            None => " ",
+        };
+        let _ = writeln!(
+            text,
+            "{mark} {:>4} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<9.3e} {}",
+            step.step,
+            value(Some(step.loss_logged.unwrap_or(step.loss))),
+            value(logged.and_then(|l| l.loss)),
+            deviation(comparison.and_then(|c| c.loss_rel)),
+            value(Some(step.grad_norm)),
+            value(logged.and_then(|l| l.grad_norm)),
+            deviation(comparison.and_then(|c| c.grad_norm_rel)),
+            step.learning_rate,
+            remarks(step, comparison),
+        );
+    }
+    text.push_str(&spike_lines(trace, certificate, corpus));
+    text.push_str(&verdict(certificate));
+    text
+}
+
+fn value(x: Option<f64>) -> String {
+    match x {
+        None => "-".to_owned(),
+        Some(x) if x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:.4e}"),
+        Some(x) => format!("{x:.6}"),
+    }
+}
+
+fn deviation(x: Option<f64>) -> String {
+    x.map_or_else(|| "-".to_owned(), |x| format!("{x:.1e}"))
+}
+
+fn remarks(step: &StepRecord, comparison: Option<&Comparison>) -> String {
+    let mut all = Vec::new();
+    if step.skipped {
+        all.push("skipped".to_owned());
+    }
+    if step.nonfinite > 0 {
+        all.push(format!("{} non-finite", step.nonfinite));
+    }
+    let leaked = step.micro_batches.iter().filter(|m| m.leaked).count();
+    if leaked > 0 {
+        all.push(format!("{leaked} leaked in"));
+    }
+    if comparison.is_some_and(|c| c.learning_rate_exact == Some(false)) {
+        let logged = comparison.and_then(|c| c.logged.learning_rate);
+        all.push(format!("learning rate logged {}", value(logged)));
+    }
+    all.join(", ")
+}
+
+/// The micro-batches of the first bump.
+fn spike_lines(trace: &Trace, certificate: &Certificate, corpus: &Corpus) -> String {
+    let Some(step) = certificate.bump_at.and_then(|b| trace.steps.iter().find(|s| s.step == b)) else {
+        return String::new();
+    };
+    let mut text = format!("\nmicro-batches of step {}, where the logged loss first jumps:\n", step.step);
+    for micro in &step.micro_batches {
+        let rows: Vec<String> = micro
+            .rows
+            .iter()
+            .map(|r| format!("{}:{}", corpus.datasets.get(usize::from(r.dataset)).map_or("?", |d| &d.name), r.row))
+            .collect();
+        let _ = writeln!(
+            text,
+            "  mean loss {:>9}  grad_norm {:>10}  {:>5} labels  {}",
+            value(Some(micro.mean_loss)),
+            value(Some(micro.grad_norm)),
+            micro.label_tokens,
+            rows.join(" "),
+        );
+    }
+    text
+}
+
+fn verdict(certificate: &Certificate) -> String {
+    let Certificate { from, to, loss_max_rel, grad_norm_max_rel, .. } = certificate;
+    let line = match (certificate.verdict, certificate.departs_at) {
+        (Reproduction::NoLog, _) => format!("steps {from} to {to}: nothing logged to compare with"),
+        (_, Some(step)) => format!("steps {from} to {to}: departs from the log at step {step}"),
+        (_, None) => format!("steps {from} to {to}: the log is reproduced"),
+    };
+    let line_until = match certificate.bump_at {
+        Some(bump) => format!(" before the jump at step {bump}"),
+        None => String::new(),
+    };
+    let Envelope { loss, grad_norm } = certificate.envelope;
+    match certificate.verdict {
+        Reproduction::NoLog => format!("\n{line}\n"),
+        _ => format!(
+            "\n{line}; largest deviation{line_until}: loss {loss_max_rel:.1e} (allowed {loss:.1e}), \
+             grad_norm {grad_norm_max_rel:.1e} (allowed {grad_norm:.1e})\n"
+        ),
+    }
 }

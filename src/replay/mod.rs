@@ -1,4 +1,22 @@
 //! Start point + windows + interventions → [`Trace`], and its comparison with the log.
+//!
+//! ```text
+//! Run ─► Scene (configuration as intervened: corpus, plans, rules, engine) ─► start state ─► steps ─► Trace ─► Certificate
+//! ```
+//! [`Replayer`] is the library's entrance: experiments ask it for traces and share prefixes through its snapshots.
+
+mod certificate;
+mod json;
+mod keys;
+mod replayer;
+mod scene;
+mod start;
+mod steps;
+
+pub use certificate::*;
+pub use json::{certificate_json, step_json, trace_json};
+pub use replayer::*;
+pub use scene::{Scene, Segment};
 
 use crate::batches::RowId;
 
@@ -34,6 +52,8 @@ pub enum Intervention {
     ResetOptimizer { before_step: u64 },
     /// Relative noise of half an ulp of the compute dtype on every block's input.
     Perturb { seed: u64 },
+    /// Other dropout masks than seed 0's, where the run has lora_dropout.
+    Dropout { seed: u64 },
     /// Windows of these steps replaced by the windows of others (2 × 2 of state and data).
     SwapWindow { step: u64, with: u64 },
     /// One bit flipped: a hypothesis about hardware, or an injected fault.
@@ -79,9 +99,11 @@ pub struct StepRecord {
     pub learning_rate: f64,
     /// What this trainer version prints.
     pub learning_rate_logged: f64,
-    /// What it would log, unrounded, NaN filter included.
+    /// This step's own loss as the trainer would log it, unrounded, NaN filter included.
     pub loss: f64,
     pub loss_raw: f64,
+    /// The number in the trainer's log, unrounded, where it logs after this step: the mean over the window.
+    pub loss_logged: Option<f64>,
     /// Pre-clip, unscaled.
     pub grad_norm: f64,
     pub clip_coefficient: f64,

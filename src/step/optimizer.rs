@@ -82,10 +82,7 @@ impl Optimizer {
             return Ok(Vec::new());
         }
         let zero = |w: &Tensor| device.zeros(&w.shape, adapter.dtype);
-        adapter
-            .matrices()
-            .map(|w| Ok(Moments { exp_avg: zero(w)?, exp_avg_sq: zero(w)?, updates: 0.0 }))
-            .collect()
+        adapter.matrices().map(|w| Ok(Moments { exp_avg: zero(w)?, exp_avg_sq: zero(w)?, updates: 0.0 })).collect()
     }
 
     /// The moments of optimizer.pt.
