@@ -257,7 +257,7 @@ fn table(trace: &Trace, certificate: &Certificate, corpus: &Corpus) -> String {
         let logged = comparison.map(|c| &c.logged);
         let mark = match comparison {
             Some(c) if !c.agrees => "≠",
-            Some(c) if c.after_bump => "~",
+            Some(c) if c.after_bump => "~", // in the band, or with no band to compare
             Some(_) => "=",
             None => " ",
         };
