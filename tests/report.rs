@@ -54,6 +54,7 @@ fn record(step: u64) -> StepRecord {
         learning_rate_logged: 1e-3 * (1.0 - step as f64 / 60.0),
         loss: loss(step, SPIKE) * 1.000_02,
         loss_raw: loss(step, SPIKE),
+        loss_logged: None,
         grad_norm: 0.2 + loss(step, SPIKE) * 3.0,
         clip_coefficient: 1.0,
         update_norm: 0.01,
