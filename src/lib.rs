@@ -15,6 +15,7 @@
 //! | an operation, a SIMD or CUDA kernel, threads              | `device/`     |
 //! | forward, backward, where a rounding happens               | `model/`      |
 //! | clip, optimizer, schedule, loss scale                     | `step/`       |
+//! | findings before any replay: log, lint, eval               | `inspect/`    |
 //! | what is measured about a tensor                           | `probe/`      |
 //! | start points, traces, certificate, snapshots              | `replay/`     |
 //! | spikes, interventions, verdicts                           | `diagnosis/`  |
@@ -27,6 +28,7 @@ pub mod cli;
 pub mod device;
 pub mod diagnosis;
 pub mod error;
+pub mod inspect;
 pub mod interrupt;
 pub mod model;
 pub mod numerics;

@@ -4,6 +4,7 @@
 //! [`Command`] and its arm in [`run`].
 
 mod common;
+mod inspect;
 mod replay;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +25,7 @@ pub struct Options {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    Inspect(inspect::Args),
     Replay(replay::Args),
 }
 
@@ -34,6 +36,7 @@ pub enum Command {
 pub fn run(options: &Options) -> Result<()> {
     let common = &options.common;
     match &options.command {
+        Command::Inspect(args) => inspect::run(args, common),
         Command::Replay(args) => replay::run(args, common),
     }
 }

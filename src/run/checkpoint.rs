@@ -72,6 +72,15 @@ impl Checkpoint {
         OptimizerFile::read(&self.need("optimizer.pt")?, adapter)
     }
 
+    /// Adam's count of updates of the first matrix: the checkpoint's step, less skipped or forgotten ones. `None`: an
+    /// optimizer without moments. Reads no moments.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::optimizer`].
+    pub fn update_count(&self) -> Result<Option<f64>> {
+        super::optimizer_file::read_update_count(&self.need("optimizer.pt")?)
+    }
+
     /// # Errors
     /// See [`SchedulerFile::read`].
     pub fn scheduler(&self) -> Result<SchedulerFile> {

@@ -45,6 +45,7 @@ pub struct Run {
     /// `model_type` and dtype of the base model's config.json; `None` where there is no such file.
     pub model_type: Option<String>,
     pub base_dtype: Option<String>,
+    pub vocab_size: Option<u64>,
     /// What was noticed while reading and did not stop it: a file that was left out, an assumption.
     pub remarks: Vec<String>,
 }

@@ -59,6 +59,7 @@ impl Run {
             checkpoints: files.checkpoints,
             model_type: model.model_type,
             base_dtype: model.dtype,
+            vocab_size: model.vocab_size,
             remarks: files.remarks,
         })
     }
@@ -66,6 +67,12 @@ impl Run {
     /// A path of the configuration, resolved against the root.
     pub fn path(&self, relative: &Path) -> PathBuf {
         self.root.join(relative)
+    }
+
+    /// `file:line` of a key of the configuration; the file where it is a default.
+    pub fn place(&self, key: &str) -> String {
+        let text = std::fs::read_to_string(&self.config_path).unwrap_or_default();
+        super::settings::line_of(&text, key, &self.config_path)
     }
 
     /// The checkpoint of this step.
@@ -125,6 +132,7 @@ struct BaseConfig {
     model_type: Option<String>,
     dtype: Option<String>,
     max_positions: Option<u64>,
+    vocab_size: Option<u64>,
 }
 
 impl BaseConfig {
@@ -143,6 +151,7 @@ impl BaseConfig {
             model_type: text("model_type"),
             dtype: text("dtype").or_else(|| text("torch_dtype")),
             max_positions: value.get("max_position_embeddings").and_then(Value::as_u64),
+            vocab_size: value.get("vocab_size").and_then(Value::as_u64),
         })
     }
 

@@ -104,23 +104,34 @@ impl StateRecipe {
                     .next("optimizer.pt and adapter_model.safetensors are not of the same run"));
             }
         }
-        let step = match &self.step {
-            StepRecipe::Number(number) => *number,
-            StepRecipe::Tensor(recipe) => {
-                let values = file.tensor(recipe, name)?.values;
-                values
-                    .first()
-                    .copied()
-                    .map(f64::from)
-                    .ok_or_else(|| Error::input("an empty step counter").at(name).at_path(file.path()))?
-            }
-        };
         Ok(MatrixState {
-            step,
+            step: self.step.read(file, name)?,
             exp_avg: file.tensor(&self.exp_avg, name)?.values,
             exp_avg_sq: file.tensor(&self.exp_avg_sq, name)?.values,
         })
     }
+}
+
+impl StepRecipe {
+    fn read(&self, file: &mut TorchFile, name: &str) -> Result<f64> {
+        match self {
+            StepRecipe::Number(number) => Ok(*number),
+            StepRecipe::Tensor(recipe) => {
+                let first = file.tensor(recipe, name)?.values.first().copied();
+                first.map(f64::from).ok_or_else(|| Error::input("an empty step counter").at(name).at_path(file.path()))
+            }
+        }
+    }
+}
+
+/// Adam's count of updates of state 0; `None` where there are no moments.
+///
+/// # Errors
+/// Damaged file.
+pub fn read_update_count(path: &Path) -> Result<Option<f64>> {
+    let mut file = TorchFile::open(path)?;
+    let plan = Plan::of(file.pickle.root()).map_err(|e| e.at_path(path))?;
+    plan.states.get(&0).map(|state| state.step.read(&mut file, "state 0")).transpose()
 }
 
 /// State indices in the order A, B of each module. One group of all matrices keeps registration order; LoRA+ has

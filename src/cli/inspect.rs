@@ -1,0 +1,70 @@
+//! `spikeprobe inspect`: what the files of a run show before anything is replayed.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args as ClapArgs;
+use serde_json::json;
+
+use super::Common;
+use crate::Result;
+use crate::batches::Corpus;
+use crate::inspect::{self, Finding, compare, text};
+use crate::run::Run;
+
+/// As typed.
+#[derive(Debug, ClapArgs)]
+pub struct Args {
+    /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one.
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Another run to compare with.
+    #[arg(long, value_name = "RUN2")]
+    pub baseline: Option<PathBuf>,
+}
+
+/// Inspects and prints.
+///
+/// # Errors
+/// When a run cannot be read. Data rows that cannot be read are a remark: the log is inspected all the same.
+pub fn run(args: &Args, common: &Common) -> Result<()> {
+    let open = |path: &Path| Run::open(path, &common.root, &[], &common.versions);
+    let run = open(&args.run)?;
+    let mut findings = inspect::inspect(&run);
+    match Corpus::load(&run, &run.config) {
+        Ok(corpus) => findings.extend(inspect::data::findings(&run, &corpus)),
+        Err(e) => common.remark(&format!("the data rows were not inspected: {e}")),
+    }
+    inspect::sort(&mut findings);
+    let comparison = match &args.baseline {
+        Some(path) => Some(compare::compare(&run, &open(path)?)),
+        None => None,
+    };
+    common.print(&text::report(&run, &findings, comparison.as_ref(), common.verbose))?;
+    common.write_json(&to_json(&run, &findings, comparison.as_ref()))
+}
+
+fn to_json(run: &Run, findings: &[Finding], comparison: Option<&compare::Comparison>) -> serde_json::Value {
+    let versions: serde_json::Map<_, _> = run
+        .versions
+        .list()
+        .into_iter()
+        .map(|(name, version, origin)| (name.to_owned(), json!({"version": version.to_string(), "origin": origin})))
+        .collect();
+    let config: serde_json::Map<_, _> =
+        compare::resolved(&run.config).into_iter().map(|(key, value)| (key.to_owned(), json!(value))).collect();
+    let attempts: Vec<_> = run
+        .attempts
+        .iter()
+        .map(|a| json!({"first_step": a.first_step, "last_step": a.last_step, "resumed_from": a.resumed_from, "total_steps": a.total_steps}))
+        .collect();
+    json!({
+        "schema": "spikeprobe.inspect/1",
+        "run": run.config_path.display().to_string(),
+        "versions": versions,
+        "evidence": run.evidence(),
+        "attempts": attempts,
+        "config": config,
+        "findings": findings,
+        "comparison": comparison,
+    })
+}

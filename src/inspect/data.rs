@@ -1,0 +1,148 @@
+//! What the tokenized rows show: answers cut away, rows without labels, duplicates, contradictions, outliers.
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+
+use super::{Code, Finding, Severity};
+use crate::batches::{Corpus, Example, IGNORE};
+use crate::run::Run;
+
+/// Findings about the training rows.
+pub fn findings(run: &Run, corpus: &Corpus) -> Vec<Finding> {
+    let mut found = Vec::new();
+    found.extend(cut(run, corpus));
+    found.extend(masked(run, corpus));
+    found.extend(dropped(corpus));
+    found.extend(repeated(corpus));
+    found.extend(lengths(corpus));
+    found
+}
+
+fn rows(corpus: &Corpus, examples: &[&Example]) -> String {
+    let name = |e: &&Example| {
+        let dataset = corpus.datasets.get(usize::from(e.row.dataset)).map_or("?", |d| d.name.as_str());
+        format!("{dataset}:{}", e.row.row)
+    };
+    let mut shown: Vec<String> = examples.iter().take(5).map(name).collect();
+    if examples.len() > shown.len() {
+        shown.push("…".into());
+    }
+    shown.join(", ")
+}
+
+fn cut(run: &Run, corpus: &Corpus) -> Option<Finding> {
+    let cut: Vec<&Example> = corpus.train.iter().filter(|e| e.input_ids.len() >= run.config.cutoff_len).collect();
+    (!cut.is_empty()).then(|| {
+        Finding::new(
+            Code::AnswersCut,
+            Severity::Warning,
+            run.place("cutoff_len"),
+            format!(
+                "{} of {} rows reach cutoff_len {} and are cut there ({}): the answer's end and its end-of-text token go \
+                 first, so the model learns not to stop; raise cutoff_len",
+                cut.len(),
+                corpus.train.len(),
+                run.config.cutoff_len,
+                rows(corpus, &cut)
+            ),
+        )
+    })
+}
+
+fn masked(run: &Run, corpus: &Corpus) -> Option<Finding> {
+    let masked: Vec<&Example> = corpus.train.iter().filter(|e| e.label_tokens() == 0).collect();
+    let one_row_windows = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps == 1;
+    (!masked.is_empty()).then(|| {
+        Finding::new(
+            Code::MaskedRows,
+            Severity::Warning,
+            run.place("dataset"),
+            format!(
+                "{} of {} rows have no label at all ({}): {}; remove them or raise cutoff_len",
+                masked.len(),
+                corpus.train.len(),
+                rows(corpus, &masked),
+                if one_row_windows {
+                    "each of them is a whole step with loss 0.0"
+                } else {
+                    "a window made of them alone logs loss 0.0, and a mean over such a micro-batch is NaN"
+                }
+            ),
+        )
+    })
+}
+
+fn dropped(corpus: &Corpus) -> Option<Finding> {
+    let (row, reason) = corpus.dropped.first()?;
+    Some(Finding::new(
+        Code::DroppedRows,
+        Severity::Note,
+        corpus.place(*row),
+        format!("{} row(s) are dropped by the trainer ({reason})", corpus.dropped.len()),
+    ))
+}
+
+fn hash(tokens: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    tokens.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Rows with the same prompt: the same answer (duplicates) or another one (contradictions).
+fn repeated(corpus: &Corpus) -> Vec<Finding> {
+    let mut prompts: HashMap<u64, Vec<&Example>> = HashMap::new();
+    for example in &corpus.train {
+        let prompt = example.labels.iter().position(|&l| l != IGNORE).unwrap_or(example.labels.len());
+        prompts.entry(hash(&example.input_ids[..prompt])).or_default().push(example);
+    }
+    let (mut duplicates, mut conflicting) = (Vec::new(), Vec::new());
+    for group in prompts.values().filter(|g| g.len() > 1) {
+        let mut seen: Vec<u64> = group.iter().map(|e| hash(&e.input_ids)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        if seen.len() < group.len() {
+            duplicates.extend(&group[1..]);
+        }
+        if seen.len() > 1 {
+            conflicting.extend(group);
+        }
+    }
+    let mut found = Vec::new();
+    let mut add = |code, mut list: Vec<&Example>, text: &str| {
+        list.sort_by_key(|e| e.row);
+        if let Some(first) = list.first() {
+            let place = corpus.place(first.row);
+            let text = format!("{} of {} rows {text} ({})", list.len(), corpus.train.len(), rows(corpus, &list));
+            found.push(Finding::new(code, Severity::Note, place, text));
+        }
+    };
+    add(Code::DuplicateRows, duplicates, "repeat an earlier row: they are memorised first and count twice");
+    add(
+        Code::ConflictingRows,
+        conflicting,
+        "share a prompt but not the answer: their loss cannot fall, and once the others are learnt they drive the gradient",
+    );
+    found
+}
+
+/// Rows more than 10 times the median: their micro-batch outweighs or outlasts the others.
+fn lengths(corpus: &Corpus) -> Option<Finding> {
+    const TIMES: usize = 10;
+    let mut sorted: Vec<usize> = corpus.train.iter().map(|e| e.input_ids.len()).collect();
+    sorted.sort_unstable();
+    let median = *sorted.get(sorted.len() / 2)?;
+    let long: Vec<&Example> = corpus.train.iter().filter(|e| e.input_ids.len() > TIMES * median.max(1)).collect();
+    let first = long.first()?;
+    Some(Finding::new(
+        Code::ExtremeLengths,
+        Severity::Note,
+        corpus.place(first.row),
+        format!(
+            "{} row(s) are more than {TIMES} times as long as the median of {median} tokens ({}), the longest {}",
+            long.len(),
+            rows(corpus, &long),
+            sorted.last().copied().unwrap_or(0)
+        ),
+    ))
+}
