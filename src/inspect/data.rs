@@ -1,7 +1,7 @@
 //! What the tokenized rows show: answers cut away, rows without labels, duplicates, contradictions, outliers.
 
-use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
 
 use super::{Code, Finding, Severity};
@@ -98,13 +98,9 @@ fn repeated(corpus: &Corpus) -> Vec<Finding> {
     }
     let (mut duplicates, mut conflicting) = (Vec::new(), Vec::new());
     for group in prompts.values().filter(|g| g.len() > 1) {
-        let mut seen: Vec<u64> = group.iter().map(|e| hash(&e.input_ids)).collect();
-        seen.sort_unstable();
-        seen.dedup();
-        if seen.len() < group.len() {
-            duplicates.extend(&group[1..]);
-        }
-        if seen.len() > 1 {
+        let mut answers = HashSet::new();
+        duplicates.extend(group.iter().filter(|e| !answers.insert(hash(&e.input_ids))));
+        if answers.len() > 1 {
             conflicting.extend(group);
         }
     }
