@@ -2,7 +2,7 @@
 //! keys in blocks of [`KEYS`], running maximum and sum in f32, unnormalised probabilities rounded to the compute
 //! format before they meet V. One task is one sequence and one key/value head.
 
-use super::rounding::{self, round_operand};
+use super::rounding::{self, Round, round_operand, with_round};
 use super::simd::vectorised;
 use super::threads::Shared;
 use super::values::{expect, expect_offsets, tensor, values};
@@ -111,9 +111,8 @@ impl CpuDevice {
                 backward_task(&plan, &head, task, (&d_os, &os, &lses), (&dq, &dk, &dv));
             });
         }
-        // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
-        round_operand(&mut dq, if compute == Compute::Tf32 { Compute::F32 } else { compute });
         for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
+            rounding::round_slice(d, output_dtype(compute));
             rounding::round_slice(d, dtype);
         }
         let wrap = |d: Vec<f32>, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);
@@ -202,14 +201,10 @@ fn forward_row(
         }
         let highest = math::max(s);
         let new_max = if highest > max || highest.is_nan() { highest } else { max };
-        if output_dtype(plan.compute).is_half() {
-            for s in s.iter_mut() {
-                *s = math::exp_for_half(*s - new_max);
-            }
+        if matches!(plan.compute, Compute::Bf16 | Compute::F16) {
+            s.iter_mut().for_each(|s| *s = math::exp_flash_half(*s - new_max));
         } else {
-            for s in s.iter_mut() {
-                *s = math::exp(*s - new_max);
-            }
+            s.iter_mut().for_each(|s| *s = math::exp_flash(*s - new_max));
         }
         let rescale = if max == f32::NEG_INFINITY { 0.0 } else { math::exp(max - new_max) };
         sum = sum * rescale + math::sum(s.len(), |j| s[j]);
@@ -232,8 +227,9 @@ fn forward_row(
     max + sum.ln()
 }
 
-/// All gradients of one sequence and key/value head. Per query head dk and dv are rounded as PyTorch's kernel does,
-/// then summed over the group (the backward of repeating keys for grouped queries).
+/// All gradients of one sequence and key/value head. Blocks of queries × blocks of keys, as PyTorch's CPU kernel
+/// walks them: for half operands it keeps dq, dk, dv in half between blocks, which one can see in the results, so the
+/// rounding is repeated here. Query heads that share a key/value head add to it in turn (`enable_gqa`).
 fn backward_task(
     plan: &Plan<'_>,
     head: &Head,
@@ -243,46 +239,38 @@ fn backward_task(
 ) {
     let (first, length, kv) = plan.task(task);
     let hd = plan.shape.head_dim;
-    let heads = plan.shape.heads;
-    let mut v_transposed = vec![0f32; length * hd];
     let mut k = vec![0f32; length * hd];
-    for i in 0..length {
-        for d in 0..hd {
-            v_transposed[d * length + i] = head.v[i * hd + d];
-            k[i * hd + d] = head.k[d * length + i];
-        }
-    }
-    let (mut dk_sum, mut dv_sum) = (vec![0f32; length * hd], vec![0f32; length * hd]);
-    let (mut p, mut dp) = (vec![0f32; length], vec![0f32; length]);
+    transpose(&head.k, hd, &mut k);
+    let mut v_transposed = vec![0f32; length * hd];
+    transpose(&head.v, length, &mut v_transposed);
+    let mut work = Work::new(length, hd);
+    let (mut dk_total, mut dv_total) = (vec![0f32; length * hd], vec![0f32; length * hd]);
     for h in 0..plan.group {
-        let (mut dk_head, mut dv_head) = (vec![0f32; length * hd], vec![0f32; length * hd]);
-        for i in 0..length {
-            let at = (first + i) * heads + kv * plan.group + h;
-            // SAFETY: row and head belong to this task alone.
-            let dq = unsafe { dq.slice(at * hd, hd) };
-            let row = Row {
-                i,
-                length,
-                q: &head.q[(h * length + i) * hd..][..hd],
-                d_o: &d_o[at * hd..][..hd],
-                o: &o[at * hd..][..hd],
-                lse: lse[at],
-            };
-            vectorised(|| {
-                backward_row(
-                    plan,
-                    head,
-                    &row,
-                    (&k, &v_transposed),
-                    (&mut p, &mut dp),
-                    (dq, &mut dk_head, &mut dv_head),
-                );
-            });
-        }
-        for (sum, part) in [(&mut dk_sum, &mut dk_head), (&mut dv_sum, &mut dv_head)] {
-            rounding::round_slice(part, output_dtype(plan.compute));
-            for (sum, &part) in sum.iter_mut().zip(part.iter()) {
-                *sum += part;
+        let queries = query_block(length);
+        for block in (0..length).step_by(queries) {
+            let end = (block + queries).min(length);
+            for keys in (plan.first_key(block) / KEYS * KEYS..end).step_by(KEYS) {
+                let last_key = (keys + KEYS).min(end);
+                work.clear(keys..last_key);
+                for i in block..end {
+                    let at = (first + i) * plan.shape.heads + kv * plan.group + h;
+                    let row = Row {
+                        q: &head.q[(h * length + i) * hd..][..hd],
+                        d_o: &d_o[at * hd..][..hd],
+                        o: &o[at * hd..][..hd],
+                        lse: lse[at],
+                        keys: keys.max(plan.first_key(i))..last_key.min(i + 1),
+                    };
+                    if row.keys.is_empty() {
+                        continue;
+                    }
+                    // SAFETY: row and head belong to this task alone.
+                    let dq = unsafe { dq.slice(at * hd, hd) };
+                    vectorised(|| backward_row(plan, head, &row, (&k, &v_transposed), &mut work, dq));
+                }
+                let rows = keys * hd..last_key * hd;
+                add_block(plan, &mut dk_total[rows.clone()], &work.dk[rows.clone()], plan.shape.scale);
+                add_block(plan, &mut dv_total[rows.clone()], &work.dv[rows], 1.0);
             }
         }
     }
@@ -290,19 +278,77 @@ fn backward_task(
         let at = ((first + i) * plan.shape.kv_heads + kv) * hd;
         // SAFETY: row and key/value head belong to this task alone.
         let (dk, dv) = unsafe { (dk.slice(at, hd), dv.slice(at, hd)) };
-        dk.copy_from_slice(&dk_sum[i * hd..][..hd]);
-        dv.copy_from_slice(&dv_sum[i * hd..][..hd]);
+        dk.copy_from_slice(&dk_total[i * hd..][..hd]);
+        dv.copy_from_slice(&dv_total[i * hd..][..hd]);
     }
 }
 
-/// One query row of the backward pass.
+/// Queries a block in PyTorch's CPU kernel, by the length of the sequence.
+fn query_block(length: usize) -> usize {
+    match length {
+        0..192 => 32,
+        192..768 => 64,
+        _ => 256,
+    }
+}
+
+/// [rows][columns] → [columns][rows].
+fn transpose(x: &[f32], rows: usize, out: &mut [f32]) {
+    let columns = x.len() / rows.max(1);
+    for (r, row) in x.chunks_exact(columns.max(1)).enumerate() {
+        for (c, &value) in row.iter().enumerate() {
+            out[c * rows + r] = value;
+        }
+    }
+}
+
+/// total = round(total + scale·block), rounded as the kernel's output dtype is.
+fn add_block(plan: &Plan<'_>, total: &mut [f32], block: &[f32], scale: f32) {
+    with_round!(output_dtype(plan.compute), round => vectorised(|| {
+        for (total, &part) in total.iter_mut().zip(block) {
+            *total = round.apply(*total + scale * part);
+        }
+    }));
+}
+
+/// Scratch of one task's backward pass.
+struct Work {
+    p: Vec<f32>,
+    dp: Vec<f32>,
+    d_o: Vec<f32>,
+    dq: Vec<f32>,
+    /// This block's share of dk and dv, [length][head_dim].
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl Work {
+    fn new(length: usize, hd: usize) -> Self {
+        let zeros = |n: usize| vec![0f32; n];
+        let keys = length.min(KEYS);
+        Self {
+            p: zeros(keys),
+            dp: zeros(keys),
+            d_o: zeros(hd),
+            dq: zeros(hd),
+            dk: zeros(length * hd),
+            dv: zeros(length * hd),
+        }
+    }
+    fn clear(&mut self, keys: std::ops::Range<usize>) {
+        let hd = self.dq.len();
+        self.dk[keys.start * hd..keys.end * hd].fill(0.0);
+        self.dv[keys.start * hd..keys.end * hd].fill(0.0);
+    }
+}
+
+/// One query row against one block of keys.
 struct Row<'a> {
-    i: usize,
-    length: usize,
     q: &'a [f32],
     d_o: &'a [f32],
     o: &'a [f32],
     lse: f32,
+    keys: std::ops::Range<usize>,
 }
 
 #[inline(always)]
@@ -311,40 +357,40 @@ fn backward_row(
     head: &Head,
     row: &Row<'_>,
     (k, v_transposed): (&[f32], &[f32]),
-    (p, dp): (&mut [f32], &mut [f32]),
-    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
+    work: &mut Work,
+    dq: &mut [f32],
 ) {
     let hd = row.q.len();
-    let first = plan.first_key(row.i);
-    let count = row.i + 1 - first;
-    let (p, dp) = (&mut p[..count], &mut dp[..count]);
-    let scale = plan.shape.scale;
-    scores_of(row.q, &head.k, row.length, first, p);
+    let (first, count) = (row.keys.start, row.keys.len());
+    let length = head.v.len() / hd;
+    let (p, dp) = (&mut work.p[..count], &mut work.dp[..count]);
+    scores_of(row.q, &head.k, length, first, p);
     for p in p.iter_mut() {
-        *p = math::exp(*p * scale - row.lse);
+        *p = math::exp(*p * plan.shape.scale - row.lse);
     }
-    let mut d_o = [0f32; 512];
-    let d_o = &mut d_o[..hd];
-    d_o.copy_from_slice(row.d_o);
-    round_operand(d_o, plan.compute);
+    work.d_o.copy_from_slice(row.d_o);
+    round_operand(&mut work.d_o, plan.compute);
+    let d_o = &work.d_o[..hd];
     let delta = math::sum(hd, |d| d_o[d] * row.o[d]);
-    scores_of(d_o, v_transposed, row.length, first, dp);
+    scores_of(d_o, v_transposed, length, first, dp);
     for (dp, &p) in dp.iter_mut().zip(p.iter()) {
         *dp = p * (*dp - delta);
     }
     round_operand(p, plan.compute);
     round_operand(dp, plan.compute);
-    dq.fill(0.0);
-    for j in 0..count {
+    let sum = &mut work.dq[..hd];
+    sum.fill(0.0);
+    for (j, (&p, &ds)) in p.iter().zip(dp.iter()).enumerate() {
         let at = (first + j) * hd;
-        let (p, ds) = (p[j], dp[j]);
+        let (dk, dv, k) = (&mut work.dk[at..at + hd], &mut work.dv[at..at + hd], &k[at..at + hd]);
         for d in 0..hd {
-            dv[at + d] = p.mul_add(d_o[d], dv[at + d]);
-            dk[at + d] = ds.mul_add(row.q[d] * scale, dk[at + d]);
-            dq[d] = ds.mul_add(k[at + d], dq[d]);
+            dv[d] = p.mul_add(d_o[d], dv[d]);
+            dk[d] = ds.mul_add(row.q[d], dk[d]);
+            sum[d] = ds.mul_add(k[d], sum[d]);
         }
     }
-    for dq in dq {
-        *dq *= scale;
+    for (dq, &sum) in dq.iter_mut().zip(sum.iter()) {
+        *dq += plan.shape.scale * sum;
     }
+    rounding::round_slice(dq, output_dtype(plan.compute));
 }

@@ -1,7 +1,7 @@
 //! Gradient accumulation, AdamW and SGD, with PyTorch's order of operations (contract 6.2).
 
 use super::CpuDevice;
-use super::rounding::{Round, with_round};
+use super::rounding::{Round, round, with_round};
 use super::simd::vectorised;
 use super::threads::Shared;
 use super::values::{expect, values, values_mut};
@@ -35,22 +35,24 @@ impl Scalars {
         }
     }
 
-    /// One element. `round`: after every PyTorch op of the single-tensor loop; the fused kernel rounds at the end only.
+    /// One element. The loop of PyTorch ops rounds after `each`; the fused kernel keeps f32 until the end.
+    /// Fused multiply-adds stand where aten's vectorised code contracts to them.
     #[inline(always)]
-    fn update(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32, each: impl Round, last: impl Round) {
-        if let Some(decay) = self.decay {
-            *p = each.apply(*p * decay);
-        }
-        // lerp: aten uses the other end where the weight is 0.5 or more.
+    fn update(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32, fused: bool, round: impl Round) {
+        let each = |x: f32| if fused { x } else { round.apply(x) };
+        let decayed = self.decay.map_or(*p, |decay| each(*p * decay));
+        // lerp: aten starts from the other end where the weight is 0.5 or more.
         let difference = g - *m;
-        *m = last.apply(if self.one_minus_beta1 < 0.5 {
-            *m + self.one_minus_beta1 * difference
+        let first = each(if self.one_minus_beta1 < 0.5 {
+            self.one_minus_beta1.mul_add(difference, *m)
         } else {
-            g - difference * (1.0 - self.one_minus_beta1)
+            (self.one_minus_beta1 - 1.0).mul_add(difference, g)
         });
-        *v = last.apply(each.apply(*v * self.beta2) + self.one_minus_beta2 * g * g);
-        let denominator = each.apply(each.apply(each.apply(v.sqrt()) / self.correction2_root) + self.epsilon);
-        *p = last.apply(*p + self.minus_step_size * *m / denominator);
+        let second = each((self.one_minus_beta2 * g).mul_add(g, each(*v * self.beta2)));
+        let denominator = each(each(each(second.sqrt()) / self.correction2_root) + self.epsilon);
+        *p = round.apply(decayed + self.minus_step_size * first / denominator);
+        *m = round.apply(first);
+        *v = round.apply(second);
     }
 }
 
@@ -105,11 +107,7 @@ impl CpuDevice {
             let (m, v) = unsafe { (m.slice(first, p.len()), v.slice(first, p.len())) };
             vectorised(|| {
                 for (((p, &g), m), v) in p.iter_mut().zip(&gradient[first..]).zip(m).zip(v) {
-                    if with.fused {
-                        scalars.update(p, g, m, v, super::rounding::ToF32, round);
-                    } else {
-                        scalars.update(p, g, m, v, round, round);
-                    }
+                    scalars.update(p, g, m, v, with.fused, round);
                 }
             });
         }));
@@ -119,12 +117,13 @@ impl CpuDevice {
     pub(super) fn sgd_impl(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
         expect(p.shape == g.shape, "sgd", || format!("shapes {:?} and {:?}", p.shape, g.shape))?;
         let gradient = values(g)?;
-        let (rate, decay) = (-learning_rate as f32, weight_decay as f32);
         let dtype = p.dtype;
+        // aten converts add's alpha to the tensors' dtype before the kernel widens it again.
+        let (rate, decay) = (round(-learning_rate as f32, dtype), round(weight_decay as f32, dtype));
         with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 2, |first, run| vectorised(|| {
             for (p, &g) in run.iter_mut().zip(&gradient[first..]) {
-                let g = if decay == 0.0 { g } else { round.apply(g + decay * *p) };
-                *p = round.apply(*p + rate * g);
+                let g = if decay == 0.0 { g } else { round.apply(decay.mul_add(*p, g)) };
+                *p = round.apply(rate.mul_add(g, *p));
             }
         })));
         Ok(())

@@ -91,6 +91,11 @@ macro_rules! with_round {
 }
 pub(crate) use with_round;
 
+/// One value rounded to `dtype`.
+pub fn round(x: f32, dtype: DType) -> f32 {
+    with_round!(dtype, r => r.apply(x))
+}
+
 /// Rounds a slice in place to `dtype`.
 pub fn round_slice(x: &mut [f32], dtype: DType) {
     match dtype {
