@@ -127,4 +127,22 @@ impl<'a> Shared<'a> {
         // SAFETY: in bounds by the assertion, exclusive by the caller's promise, alive by 'a.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), count) }
     }
+
+    /// Address of element `at`, after checking that `end` elements exist; for kernels that store whole tiles.
+    pub fn pointer(&self, at: usize, end: usize) -> *mut f32 {
+        assert!(at <= end && end <= self.length, "tile ends at {end} of {} elements", self.length);
+        self.start.wrapping_add(at)
+    }
+
+    /// Element `at`, which must belong to the calling task.
+    pub fn get(&self, at: usize) -> f32 {
+        // SAFETY: in bounds by the assertion in `slice`; tasks only touch elements of their own tiles.
+        unsafe { self.slice(at, 1)[0] }
+    }
+
+    /// Sets element `at`, which must belong to the calling task.
+    pub fn set(&self, at: usize, value: f32) {
+        // SAFETY: as for `get`.
+        unsafe { self.slice(at, 1)[0] = value };
+    }
 }

@@ -1,33 +1,67 @@
-//! The inner loops: one tile of C from one panel of A and one of B.
+//! The inner loops: one tile of C from one panel of A and one of B, per instruction set.
+//!
+//! A tile keeps its sums in registers: up to 14 rows × 32 columns of AVX-512 (28 of 32 registers), 6 × 16 of AVX2
+//! (12 of 16). The rows of A are broadcast, the columns of B are loaded. All f32 kernels do the same fused
+//! multiply-adds in the same order and so give the same bits.
 
 use crate::device::Compute;
-use crate::device::cpu::simd::vectorised;
+use crate::device::cpu::simd::{self, Level};
 use crate::device::cpu::threads::Shared;
 
-/// Most rows and columns of any kernel's tile.
-const MAX_TILE: usize = 14 * 32;
+/// Most rows of any tile.
+const ROWS: usize = 14;
+/// Most columns of any tile.
+const COLUMNS: usize = 32;
+
+/// (units of depth, A panel, B panel, C tile, elements between rows of C, add to C instead of overwriting it).
+/// The number of rows is the function's own.
+type TileFunction = unsafe fn(usize, *const u32, *const u32, *mut f32, usize, bool);
 
 /// One kernel: its tile, and how it wants its operands.
 #[derive(Clone, Copy)]
 pub struct Kernel {
     pub compute: Compute,
+    /// Lanes of a packed panel of A.
     pub rows: usize,
+    /// Lanes of a packed panel of B.
     pub columns: usize,
-    /// Elements of depth in 4 bytes: 1 (f32) or 2 (bf16).
+    /// Elements of depth in 4 bytes: 1 (f32) or 2 (bf16 pairs).
     pub per_unit: usize,
+    /// By rows − 1.
+    tiles: &'static [TileFunction],
 }
 
-/// Where a tile of C lies.
+/// A tile of C: where it lies and how much of it exists.
 pub struct Tile<'a> {
     pub c: &'a Shared<'a>,
     pub at: usize,
-    pub stride: usize,
+    /// Elements of C from one row (lane of A) to the next, and from one column to the next; one of them is 1.
+    pub strides: (usize, usize),
+    pub rows: usize,
+    pub columns: usize,
 }
 
 impl Kernel {
     /// The fastest kernel of this processor for `compute`.
     pub fn best(compute: Compute) -> Self {
-        Self { compute, rows: 4, columns: 32, per_unit: 1 }
+        Self::at(simd::level(), compute)
+    }
+
+    /// The kernel for a level, which the processor must have.
+    pub fn at(level: Level, compute: Compute) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        match level {
+            Level::Avx512Bf16 if compute == Compute::Bf16 => {
+                return Self { compute, rows: 14, columns: 32, per_unit: 2, tiles: &x86::AVX512_BF16 };
+            }
+            Level::Avx512 | Level::Avx512Bf16 => {
+                return Self { compute, rows: 14, columns: 32, per_unit: 1, tiles: &x86::AVX512 };
+            }
+            Level::Avx2 => return Self { compute, rows: 6, columns: 16, per_unit: 1, tiles: &x86::AVX2 },
+            Level::Baseline => {}
+        }
+        let _ = level;
+        Self { compute, rows: 4, columns: 16, per_unit: 1, tiles: &PORTABLE }
     }
 
     /// Units of depth that hold k elements.
@@ -35,46 +69,230 @@ impl Kernel {
         k.div_ceil(self.per_unit)
     }
 
-    /// Puts one operand element into a packed panel.
-    #[inline(always)]
-    pub fn store(&self, out: &mut [u32], width: usize, lane: usize, p: usize, x: f32) {
-        out[p * width + lane] = x.to_bits();
-    }
-
-    /// C tile = (C tile if `accumulate`) + A panel · B panel; only `size` (rows, columns) of it exist in C.
-    pub fn tile(&self, a: &[u32], b: &[u32], tile: &Tile<'_>, size: (usize, usize), accumulate: bool) {
-        let mut buffer = [0f32; MAX_TILE];
-        for row in 0..size.0 {
-            // SAFETY: the tile belongs to the calling task alone; rows do not overlap.
-            let run = unsafe { tile.c.slice(tile.at + row * tile.stride, size.1) };
-            if accumulate {
-                buffer[row * self.columns..][..size.1].copy_from_slice(run);
-            }
+    /// C tile = (C tile if `accumulate`) + A panel · B panel.
+    pub fn tile(&self, a: &[u32], b: &[u32], tile: &Tile<'_>, accumulate: bool) {
+        let units = b.len() / self.columns;
+        assert!(a.len() == units * self.rows && b.len() == units * self.columns);
+        assert!((1..=self.tiles.len()).contains(&tile.rows) && tile.columns <= self.columns);
+        let function = self.tiles[tile.rows - 1];
+        if tile.columns == self.columns && tile.strides.1 == 1 {
+            let last = tile.at + (tile.rows - 1) * tile.strides.0;
+            let c = tile.c.pointer(tile.at, last + self.columns);
+            // SAFETY: the panels hold `units` units (asserted), C's rows lie inside its buffer (checked by `pointer`)
+            // and belong to this task; `at` chose functions for instructions that the processor has.
+            unsafe { function(units, a.as_ptr(), b.as_ptr(), c, tile.strides.0, accumulate) };
+            return;
         }
-        vectorised(|| portable(a, b, &mut buffer));
-        for row in 0..size.0 {
-            // SAFETY: as above.
-            let run = unsafe { tile.c.slice(tile.at + row * tile.stride, size.1) };
-            run.copy_from_slice(&buffer[row * self.columns..][..size.1]);
+        let mut buffer = [0f32; ROWS * COLUMNS];
+        if accumulate {
+            tile.each(|at, i| buffer[i] = tile.c.get(at));
+        }
+        // SAFETY: as above; the buffer holds the largest tile.
+        unsafe { function(units, a.as_ptr(), b.as_ptr(), buffer.as_mut_ptr(), COLUMNS, accumulate) };
+        tile.each(|at, i| tile.c.set(at, buffer[i]));
+    }
+}
+
+impl Tile<'_> {
+    /// f(element of C, element of a [rows][COLUMNS] buffer) for all elements that exist.
+    #[inline(always)]
+    fn each(&self, mut f: impl FnMut(usize, usize)) {
+        for row in 0..self.rows {
+            for column in 0..self.columns {
+                f(self.at + row * self.strides.0 + column * self.strides.1, row * COLUMNS + column);
+            }
         }
     }
 }
 
-/// 4 × 32 in plain Rust, compiled per instruction set.
-#[inline(always)]
-fn portable(a: &[u32], b: &[u32], c: &mut [f32; MAX_TILE]) {
-    let mut sums = [[0f32; 32]; 4];
-    for (row, sums) in sums.iter_mut().enumerate() {
-        sums.copy_from_slice(&c[row * 32..][..32]);
+/// R × 16 in plain Rust.
+unsafe fn portable<const R: usize>(
+    units: usize,
+    a: *const u32,
+    b: *const u32,
+    c: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
+    // SAFETY: the caller passes panels of `units` units, 4 and 16 lanes wide.
+    let (a, b) = unsafe { (std::slice::from_raw_parts(a, units * 4), std::slice::from_raw_parts(b, units * 16)) };
+    let mut sums = [[0f32; 16]; R];
+    for (r, sums) in sums.iter_mut().enumerate() {
+        if accumulate {
+            // SAFETY: the caller passes R rows of 16 elements, `stride` apart.
+            sums.copy_from_slice(unsafe { std::slice::from_raw_parts(c.add(r * stride), 16) });
+        }
     }
-    for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(32)) {
+    for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(16)) {
         for (sums, &a) in sums.iter_mut().zip(a) {
             for (sum, &b) in sums.iter_mut().zip(b) {
                 *sum = f32::from_bits(a).mul_add(f32::from_bits(b), *sum);
             }
         }
     }
-    for (row, sums) in sums.iter().enumerate() {
-        c[row * 32..][..32].copy_from_slice(sums);
+    for (r, sums) in sums.iter().enumerate() {
+        // SAFETY: as above; nobody else has this tile.
+        unsafe { std::slice::from_raw_parts_mut(c.add(r * stride), 16) }.copy_from_slice(sums);
     }
+}
+
+const PORTABLE: [TileFunction; 4] = [portable::<1>, portable::<2>, portable::<3>, portable::<4>];
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::TileFunction;
+
+    /// R × 32, f32. Panels: A [units][14], B [units][32].
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512<const R: usize>(
+        units: usize,
+        a: *const u32,
+        b: *const u32,
+        c: *mut f32,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let (mut a, mut b) = (a.cast::<f32>(), b.cast::<f32>());
+        // SAFETY: the caller passes panels of `units` units and a tile of R rows of 32 elements, `stride` apart.
+        unsafe {
+            let mut sums = load512::<R>(c, stride, accumulate);
+            for _ in 0..units {
+                let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let a = _mm512_set1_ps(*a.add(r));
+                    sum[0] = _mm512_fmadd_ps(a, b0, sum[0]);
+                    sum[1] = _mm512_fmadd_ps(a, b1, sum[1]);
+                }
+                (a, b) = (a.add(14), b.add(32));
+            }
+            store512(&sums, c, stride);
+        }
+    }
+
+    /// R × 32, pairs of bf16: each sum adds two products a unit. Panels as above, two elements a unit.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn avx512_bf16<const R: usize>(
+        units: usize,
+        a: *const u32,
+        b: *const u32,
+        c: *mut f32,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let (mut a, mut b) = (a.cast::<i32>(), b.cast::<i32>());
+        // SAFETY: as for `avx512`; the transmutes only rename the type of a register.
+        unsafe {
+            let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
+            let mut sums = load512::<R>(c, stride, accumulate);
+            for _ in 0..units {
+                let b0 = pairs(_mm512_loadu_si512(b.cast()));
+                let b1 = pairs(_mm512_loadu_si512(b.add(16).cast()));
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let a = pairs(_mm512_set1_epi32(*a.add(r)));
+                    sum[0] = _mm512_dpbf16_ps(sum[0], a, b0);
+                    sum[1] = _mm512_dpbf16_ps(sum[1], a, b1);
+                }
+                (a, b) = (a.add(14), b.add(32));
+            }
+            store512(&sums, c, stride);
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load512<const R: usize>(c: *const f32, stride: usize, accumulate: bool) -> [[__m512; 2]; R] {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        if accumulate {
+            for (r, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller passes R rows of 32 elements, `stride` apart.
+                unsafe {
+                    *sum = [_mm512_loadu_ps(c.add(r * stride)), _mm512_loadu_ps(c.add(r * stride + 16))];
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store512<const R: usize>(sums: &[[__m512; 2]; R], c: *mut f32, stride: usize) {
+        for (r, sum) in sums.iter().enumerate() {
+            // SAFETY: the caller passes R rows of 32 elements, `stride` apart, that nobody else has.
+            unsafe {
+                _mm512_storeu_ps(c.add(r * stride), sum[0]);
+                _mm512_storeu_ps(c.add(r * stride + 16), sum[1]);
+            }
+        }
+    }
+
+    /// R × 16, f32. Panels: A [units][6], B [units][16].
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2<const R: usize>(
+        units: usize,
+        a: *const u32,
+        b: *const u32,
+        c: *mut f32,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let (mut a, mut b) = (a.cast::<f32>(), b.cast::<f32>());
+        // SAFETY: the caller passes panels of `units` units and a tile of R rows of 16 elements, `stride` apart.
+        unsafe {
+            let mut sums = [[_mm256_setzero_ps(); 2]; R];
+            if accumulate {
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    *sum = [_mm256_loadu_ps(c.add(r * stride)), _mm256_loadu_ps(c.add(r * stride + 8))];
+                }
+            }
+            for _ in 0..units {
+                let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let a = _mm256_set1_ps(*a.add(r));
+                    sum[0] = _mm256_fmadd_ps(a, b0, sum[0]);
+                    sum[1] = _mm256_fmadd_ps(a, b1, sum[1]);
+                }
+                (a, b) = (a.add(6), b.add(16));
+            }
+            for (r, sum) in sums.iter().enumerate() {
+                _mm256_storeu_ps(c.add(r * stride), sum[0]);
+                _mm256_storeu_ps(c.add(r * stride + 8), sum[1]);
+            }
+        }
+    }
+
+    pub const AVX2: [TileFunction; 6] = [avx2::<1>, avx2::<2>, avx2::<3>, avx2::<4>, avx2::<5>, avx2::<6>];
+    pub const AVX512: [TileFunction; 14] = [
+        avx512::<1>,
+        avx512::<2>,
+        avx512::<3>,
+        avx512::<4>,
+        avx512::<5>,
+        avx512::<6>,
+        avx512::<7>,
+        avx512::<8>,
+        avx512::<9>,
+        avx512::<10>,
+        avx512::<11>,
+        avx512::<12>,
+        avx512::<13>,
+        avx512::<14>,
+    ];
+    pub const AVX512_BF16: [TileFunction; 14] = [
+        avx512_bf16::<1>,
+        avx512_bf16::<2>,
+        avx512_bf16::<3>,
+        avx512_bf16::<4>,
+        avx512_bf16::<5>,
+        avx512_bf16::<6>,
+        avx512_bf16::<7>,
+        avx512_bf16::<8>,
+        avx512_bf16::<9>,
+        avx512_bf16::<10>,
+        avx512_bf16::<11>,
+        avx512_bf16::<12>,
+        avx512_bf16::<13>,
+        avx512_bf16::<14>,
+    ];
 }

@@ -10,6 +10,8 @@ mod pack;
 pub use kernel::Kernel;
 pub use pack::Matrix;
 
+use std::ops::Range;
+
 use super::CpuDevice;
 use super::rounding;
 use super::threads::Shared;
@@ -40,44 +42,43 @@ pub struct Product<'a> {
 impl CpuDevice {
     /// Computes `product` into `c` [m, n].
     pub fn gemm(&self, product: &Product<'_>, c: &mut [f32]) {
-        let &Product { m, n, k, .. } = product;
-        assert_eq!(c.len(), m * n);
-        if m == 0 || n == 0 {
+        assert_eq!(c.len(), product.m * product.n);
+        if c.is_empty() {
             return;
         }
         let kernel = Kernel::best(product.compute);
-        let depth = kernel.units(k);
-        let panels = m.div_ceil(kernel.rows);
-        let mut packed = vec![0u32; panels * kernel.rows * depth];
-        let work = m * n * k / 8;
+        let plan = Plan::new(product, &kernel);
+        let mut packed = vec![0u32; plan.panels() * kernel.rows * plan.depth];
         {
-            let packed = pack::Panels::new(&mut packed, kernel.rows * depth);
-            self.workers.each(panels, m * k, |panel| {
+            let packed = pack::Panels::new(&mut packed, kernel.rows * plan.depth);
+            self.workers.each(plan.panels(), plan.m * product.k, |panel| {
                 let first = panel * kernel.rows;
                 // SAFETY: one task per panel.
                 let out = unsafe { packed.panel(panel) };
-                pack::pack(&product.a, first..(first + kernel.rows).min(m), 0..k, kernel.rows, &kernel, out);
+                pack::pack(plan.a, first..(first + kernel.rows).min(plan.m), 0..product.k, kernel.rows, &kernel, out);
             });
         }
-        let (row_tasks, column_tasks) = self.cut(m, n, &kernel);
+        let (row_tasks, column_tasks) = self.cut(&plan);
         let c = Shared::new(c);
-        self.workers.each(row_tasks * column_tasks, work, |task| {
-            let rows = share(panels, row_tasks, task % row_tasks, kernel.rows, m);
-            let columns = share(n.div_ceil(kernel.columns), column_tasks, task / row_tasks, kernel.columns, n);
-            block(product, &kernel, &packed, rows, columns, &c);
+        self.workers.each(row_tasks * column_tasks, plan.m * plan.n * product.k / 8, |task| {
+            let rows = share(plan.panels(), row_tasks, task % row_tasks, kernel.rows, plan.m);
+            let tiles = plan.n.div_ceil(kernel.columns);
+            let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
+            block(&plan, &packed, rows.clone(), columns.clone(), &c);
+            finish(&plan, rows, columns, &c);
         });
     }
 
-    /// Tasks along (m, n): a few per thread, cut along n first (each task packs its own columns of B).
-    fn cut(&self, m: usize, n: usize, kernel: &Kernel) -> (usize, usize) {
+    /// Tasks along (rows, columns): a few per thread, along columns first (each task packs its own columns of B).
+    fn cut(&self, plan: &Plan<'_>) -> (usize, usize) {
         let threads = self.workers.threads();
         if threads == 1 {
             return (1, 1);
         }
         let wanted = threads * 4;
-        let by_columns = n.div_ceil(kernel.columns * 2).min(wanted);
-        let by_rows = m.div_ceil(kernel.rows * 4).min(wanted.div_ceil(by_columns));
-        (by_rows.max(1), by_columns.max(1))
+        let by_columns = plan.n.div_ceil(plan.kernel.columns * 2).clamp(1, wanted);
+        let by_rows = plan.m.div_ceil(plan.kernel.rows * 4).clamp(1, wanted.div_ceil(by_columns));
+        (by_rows, by_columns)
     }
 
     pub(super) fn linear_impl(
@@ -143,61 +144,89 @@ impl CpuDevice {
 }
 
 /// Elements of task `index` of `tasks`, when `tiles` tiles of `width` (`total` elements) are shared out evenly.
-fn share(tiles: usize, tasks: usize, index: usize, width: usize, total: usize) -> std::ops::Range<usize> {
+fn share(tiles: usize, tasks: usize, index: usize, width: usize, total: usize) -> Range<usize> {
     let edge = |i: usize| (tiles * i / tasks * width).min(total);
     edge(index)..edge(index + 1)
 }
 
+/// A product as the kernels see it. A narrow result (a LoRA rank) is computed transposed: the kernels waste no lanes
+/// on few rows, but would on few columns. The sums are the same either way.
+struct Plan<'a> {
+    product: &'a Product<'a>,
+    kernel: &'a Kernel,
+    a: &'a Matrix<'a>,
+    b: &'a Matrix<'a>,
+    m: usize,
+    n: usize,
+    /// Elements of C between rows and between columns of this view.
+    strides: (usize, usize),
+    /// Units of depth.
+    depth: usize,
+}
+
+impl<'a> Plan<'a> {
+    fn new(product: &'a Product<'a>, kernel: &'a Kernel) -> Self {
+        let depth = kernel.units(product.k);
+        if product.n < kernel.columns && product.n < product.m {
+            let (m, n) = (product.n, product.m);
+            return Self { product, kernel, a: &product.b, b: &product.a, m, n, strides: (1, product.n), depth };
+        }
+        let (m, n) = (product.m, product.n);
+        Self { product, kernel, a: &product.a, b: &product.b, m, n, strides: (n, 1), depth }
+    }
+
+    fn panels(&self) -> usize {
+        self.m.div_ceil(self.kernel.rows)
+    }
+
+    /// The depth in even parts of at most [`DEPTH`] units; one empty part if there is none, which stores zeros.
+    fn parts(&self) -> impl Iterator<Item = Range<usize>> {
+        let (depth, parts) = (self.depth, self.depth.div_ceil(DEPTH).max(1));
+        (0..parts).map(move |i| depth * i / parts..depth * (i + 1) / parts)
+    }
+}
+
 /// One task: rows × columns of C over the whole depth.
-fn block(
-    product: &Product<'_>,
-    kernel: &Kernel,
-    packed_a: &[u32],
-    rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    c: &Shared<'_>,
-) {
-    let depth = kernel.units(product.k);
-    let panel_a = kernel.rows * depth;
-    let mut packed_b = vec![0u32; COLUMNS.min(columns.len().next_multiple_of(kernel.columns)) * DEPTH.min(depth)];
-    let mut first_column = columns.start;
-    while first_column < columns.end {
+fn block(plan: &Plan<'_>, packed_a: &[u32], rows: Range<usize>, columns: Range<usize>, c: &Shared<'_>) {
+    let kernel = plan.kernel;
+    let most = plan.parts().map(|part| part.len()).max().unwrap_or(0);
+    let mut packed_b = vec![0u32; COLUMNS.min(columns.len().next_multiple_of(kernel.columns)) * most];
+    for first_column in columns.clone().step_by(COLUMNS) {
         let end_column = (first_column + COLUMNS).min(columns.end);
-        let mut start = 0;
-        // A depth of zero still has to store zeros: the loop runs once.
-        loop {
-            let units = DEPTH.min(depth - start);
-            let elements = start * kernel.per_unit..((start + units) * kernel.per_unit).min(product.k);
-            for (panel, first) in (first_column..end_column).step_by(kernel.columns).enumerate() {
+        for part in plan.parts() {
+            let units = part.len();
+            let elements = part.start * kernel.per_unit..(part.end * kernel.per_unit).min(plan.product.k);
+            let tiles = || (first_column..end_column).step_by(kernel.columns).enumerate();
+            for (panel, first) in tiles() {
                 let lanes = first..(first + kernel.columns).min(end_column);
                 let out = &mut packed_b[panel * kernel.columns * units..][..kernel.columns * units];
-                pack::pack(&product.b, lanes, elements.clone(), kernel.columns, kernel, out);
+                pack::pack(plan.b, lanes, elements.clone(), kernel.columns, kernel, out);
             }
             for row in rows.clone().step_by(kernel.rows) {
-                let a = &packed_a[row / kernel.rows * panel_a + start * kernel.rows..][..units * kernel.rows];
-                for (panel, column) in (first_column..end_column).step_by(kernel.columns).enumerate() {
+                let a = &packed_a[row * plan.depth + part.start * kernel.rows..][..units * kernel.rows];
+                for (panel, column) in tiles() {
+                    let tile = kernel::Tile {
+                        c,
+                        at: row * plan.strides.0 + column * plan.strides.1,
+                        strides: plan.strides,
+                        rows: kernel.rows.min(rows.end - row),
+                        columns: kernel.columns.min(end_column - column),
+                    };
                     let b = &packed_b[panel * kernel.columns * units..][..kernel.columns * units];
-                    let tile_rows = kernel.rows.min(rows.end - row);
-                    let tile_columns = kernel.columns.min(end_column - column);
-                    let tile = kernel::Tile { c, at: row * product.n + column, stride: product.n };
-                    kernel.tile(a, b, &tile, (tile_rows, tile_columns), start > 0);
+                    kernel.tile(a, b, &tile, part.start > 0);
                 }
             }
-            start += units;
-            if start >= depth {
-                break;
-            }
         }
-        finish(product, rows.clone(), first_column..end_column, c);
-        first_column = end_column;
     }
 }
 
 /// Bias and the one rounding, on a finished block of C.
-fn finish(product: &Product<'_>, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, c: &Shared<'_>) {
+fn finish(plan: &Plan<'_>, rows: Range<usize>, columns: Range<usize>, c: &Shared<'_>) {
+    let product = plan.product;
     if product.bias.is_none() && product.out == DType::F32 {
         return;
     }
+    let (rows, columns) = if plan.strides.1 == 1 { (rows, columns) } else { (columns, rows) };
     for row in rows {
         // SAFETY: the block belongs to this task alone, and its rows do not overlap.
         let run = unsafe { c.slice(row * product.n + columns.start, columns.len()) };
