@@ -111,8 +111,9 @@ impl CpuDevice {
                 backward_task(&plan, &head, task, (&d_os, &os, &lses), (&dq, &dk, &dv));
             });
         }
+        // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
+        rounding::round_slice(&mut dq, output_dtype(compute));
         for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
-            rounding::round_slice(d, output_dtype(compute));
             rounding::round_slice(d, dtype);
         }
         let wrap = |d: Vec<f32>, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);
@@ -229,7 +230,8 @@ fn forward_row(
 
 /// All gradients of one sequence and key/value head. Blocks of queries × blocks of keys, as PyTorch's CPU kernel
 /// walks them: for half operands it keeps dq, dk, dv in half between blocks, which one can see in the results, so the
-/// rounding is repeated here. Query heads that share a key/value head add to it in turn (`enable_gqa`).
+/// rounding is repeated here. Query heads that share a key/value head are summed at the end (the backward of
+/// transformers' repeat_kv; its `enable_gqa`, used where a batch has no padding at all, adds them in turn).
 fn backward_task(
     plan: &Plan<'_>,
     head: &Head,
@@ -244,8 +246,9 @@ fn backward_task(
     let mut v_transposed = vec![0f32; length * hd];
     transpose(&head.v, length, &mut v_transposed);
     let mut work = Work::new(length, hd);
-    let (mut dk_total, mut dv_total) = (vec![0f32; length * hd], vec![0f32; length * hd]);
+    let (mut dk_sum, mut dv_sum) = (vec![0f32; length * hd], vec![0f32; length * hd]);
     for h in 0..plan.group {
+        let (mut dk_head, mut dv_head) = (vec![0f32; length * hd], vec![0f32; length * hd]);
         let queries = query_block(length);
         for block in (0..length).step_by(queries) {
             let end = (block + queries).min(length);
@@ -269,8 +272,13 @@ fn backward_task(
                     vectorised(|| backward_row(plan, head, &row, (&k, &v_transposed), &mut work, dq));
                 }
                 let rows = keys * hd..last_key * hd;
-                add_block(plan, &mut dk_total[rows.clone()], &work.dk[rows.clone()], plan.shape.scale);
-                add_block(plan, &mut dv_total[rows.clone()], &work.dv[rows], 1.0);
+                add_block(plan, &mut dk_head[rows.clone()], &work.dk[rows.clone()], plan.shape.scale);
+                add_block(plan, &mut dv_head[rows.clone()], &work.dv[rows], 1.0);
+            }
+        }
+        for (sum, part) in [(&mut dk_sum, &dk_head), (&mut dv_sum, &dv_head)] {
+            for (sum, part) in sum.iter_mut().zip(part) {
+                *sum += part;
             }
         }
     }
@@ -278,8 +286,8 @@ fn backward_task(
         let at = ((first + i) * plan.shape.kv_heads + kv) * hd;
         // SAFETY: row and key/value head belong to this task alone.
         let (dk, dv) = unsafe { (dk.slice(at, hd), dv.slice(at, hd)) };
-        dk.copy_from_slice(&dk_total[i * hd..][..hd]);
-        dv.copy_from_slice(&dv_total[i * hd..][..hd]);
+        dk.copy_from_slice(&dk_sum[i * hd..][..hd]);
+        dv.copy_from_slice(&dv_sum[i * hd..][..hd]);
     }
 }
 
