@@ -75,7 +75,10 @@ impl CpuDevice {
                         // SAFETY: row and head belong to this task alone.
                         let (o, lse) = unsafe { (o.slice(at * hd, hd), lse.slice(at, 1)) };
                         let q = &head.q[(h * length + i) * hd..][..hd];
-                        lse[0] = vectorised(|| forward_row(&plan, &head, (i, length), q, &mut scores, o));
+                        lse[0] = vectorised(
+                            #[inline(always)]
+                            || forward_row(&plan, &head, (i, length), q, &mut scores, o),
+                        );
                     }
                 }
             });
@@ -269,7 +272,10 @@ fn backward_task(
                     }
                     // SAFETY: row and head belong to this task alone.
                     let dq = unsafe { dq.slice(at * hd, hd) };
-                    vectorised(|| backward_row(plan, head, &row, (&k, &v_transposed), &mut work, dq));
+                    vectorised(
+                        #[inline(always)]
+                        || backward_row(plan, head, &row, (&k, &v_transposed), &mut work, dq),
+                    );
                 }
                 let rows = keys * hd..last_key * hd;
                 add_block(plan, &mut dk_head[rows.clone()], &work.dk[rows.clone()], plan.shape.scale);
@@ -312,7 +318,7 @@ fn transpose(x: &[f32], rows: usize, out: &mut [f32]) {
 
 /// total = round(total + scale·block), rounded as the kernel's output dtype is.
 fn add_block(plan: &Plan<'_>, total: &mut [f32], block: &[f32], scale: f32) {
-    with_round!(output_dtype(plan.compute), round => vectorised(|| {
+    with_round!(output_dtype(plan.compute), round => vectorised(#[inline(always)] || {
         for (total, &part) in total.iter_mut().zip(block) {
             *total = round.apply(*total + scale * part);
         }

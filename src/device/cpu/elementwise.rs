@@ -13,7 +13,7 @@ impl CpuDevice {
     fn map(&self, x: &Tensor, dtype: DType, f: impl Fn(f32) -> f32 + Sync + Send + Copy) -> Result<Tensor> {
         let source = values(x)?;
         let mut out = vec![0f32; source.len()];
-        with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(#[inline(always)] || {
             for (y, &x) in run.iter_mut().zip(&source[first..]) {
                 *y = round.apply(f(x));
             }
@@ -36,7 +36,7 @@ impl CpuDevice {
         expect(a.shape == b.shape, "add", || format!("shapes {:?} and {:?}", a.shape, b.shape))?;
         let (left, right) = (values(a)?, values(b)?);
         let mut out = vec![0f32; left.len()];
-        with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(#[inline(always)] || {
             let (left, right) = (&left[first..][..run.len()], &right[first..][..run.len()]);
             for ((y, &a), &b) in run.iter_mut().zip(left).zip(right) {
                 *y = round.apply(a + b);
@@ -91,7 +91,7 @@ impl CpuDevice {
     fn map_indexed(&self, x: &Tensor, f: impl Fn(f32, u64) -> f32 + Sync + Send + Copy) -> Result<Tensor> {
         let source = values(x)?;
         let mut out = vec![0f32; source.len()];
-        with_round!(x.dtype, round => self.workers.rows(&mut out, 1, 4, |first, run| vectorised(|| {
+        with_round!(x.dtype, round => self.workers.rows(&mut out, 1, 4, |first, run| vectorised(#[inline(always)] || {
             for (i, (y, &x)) in run.iter_mut().zip(&source[first..]).enumerate() {
                 *y = round.apply(f(x, (first + i) as u64));
             }
@@ -103,7 +103,7 @@ impl CpuDevice {
         expect(gate.shape == up.shape, "gate", || format!("shapes {:?} and {:?}", gate.shape, up.shape))?;
         let (g, u) = (values(gate)?, values(up)?);
         let mut out = vec![0f32; g.len()];
-        with_round!(gate.dtype, round => self.workers.rows(&mut out, 1, 8, |first, run| vectorised(|| {
+        with_round!(gate.dtype, round => self.workers.rows(&mut out, 1, 8, |first, run| vectorised(#[inline(always)] || {
             let (g, u) = (&g[first..][..run.len()], &u[first..][..run.len()]);
             for ((y, &g), &u) in run.iter_mut().zip(g).zip(u) {
                 *y = round.apply(round.apply(silu(g)) * u);
@@ -120,7 +120,7 @@ impl CpuDevice {
         let mut d_gate = vec![0f32; g.len()];
         let mut d_up = vec![0f32; g.len()];
         with_round!(gate.dtype, round => self.workers.rows2((&mut d_gate, &mut d_up), (1, 1), 8, |first, dg, du| {
-            vectorised(|| {
+            vectorised(#[inline(always)] || {
                 let n = dg.len();
                 let (d, g, u) = (&d[first..][..n], &g[first..][..n], &u[first..][..n]);
                 for i in 0..n {

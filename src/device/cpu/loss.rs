@@ -29,7 +29,7 @@ impl CpuDevice {
                 for (i, (d, loss)) in gradient.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
                     let row = first + i;
                     source.read(row * vocabulary, d);
-                    *loss = vectorised(|| one_row(d, labels[row] as usize, seed[row], round));
+                    *loss = vectorised(#[inline(always)] || one_row(d, labels[row] as usize, seed[row], round));
                 }
             };
             self.workers.rows2((&mut gradient, &mut losses), (vocabulary, 1), 10, run);

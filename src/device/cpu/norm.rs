@@ -18,7 +18,7 @@ impl CpuDevice {
         let mut y = vec![0f32; source.len()];
         let mut r = vec![0f32; rows];
         with_round!(x.dtype, inner => with_round!(dtype, outer => {
-            self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(|| {
+            self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(#[inline(always)] || {
                 for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
                     let x = &source[(first + i) * columns..][..columns];
                     let mean = math::torch_sum(columns, |j| x[j] * x[j]) / columns as f32;
@@ -42,7 +42,7 @@ impl CpuDevice {
         )?;
         let (dy, source, weight, r) = (values(dy)?, values(x)?, values(w)?, values(r)?);
         let mut dx = vec![0f32; source.len()];
-        with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(|| {
+        with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(#[inline(always)] || {
             for (i, dx) in dx.chunks_exact_mut(columns).enumerate() {
                 let at = (first + i) * columns;
                 let (dy, x, r) = (&dy[at..at + columns], &source[at..at + columns], r[first + i]);

@@ -61,7 +61,7 @@ impl CpuDevice {
         expect(acc.shape == g.shape, "accumulate", || format!("shapes {:?} and {:?}", acc.shape, g.shape))?;
         let source = values(g)?;
         let dtype = acc.dtype;
-        with_round!(dtype, round => self.workers.rows(values_mut(acc)?, 1, 1, |first, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(values_mut(acc)?, 1, 1, |first, run| vectorised(#[inline(always)] || {
             for (a, &g) in run.iter_mut().zip(&source[first..]) {
                 *a = round.apply(*a + g);
             }
@@ -71,7 +71,7 @@ impl CpuDevice {
 
     pub(super) fn scale_in_place_impl(&self, x: &mut Tensor, s: f32) -> Result<()> {
         let dtype = x.dtype;
-        with_round!(dtype, round => self.workers.rows(values_mut(x)?, 1, 1, |_, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(values_mut(x)?, 1, 1, |_, run| vectorised(#[inline(always)] || {
             for x in run {
                 *x = round.apply(*x * s);
             }
@@ -105,7 +105,7 @@ impl CpuDevice {
         with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 8, |first, p| {
             // SAFETY: `rows` hands out disjoint runs; m and v are cut exactly as p is.
             let (m, v) = unsafe { (m.slice(first, p.len()), v.slice(first, p.len())) };
-            vectorised(|| {
+            vectorised(#[inline(always)] || {
                 for (((p, &g), m), v) in p.iter_mut().zip(&gradient[first..]).zip(m).zip(v) {
                     scalars.update(p, g, m, v, with.fused, round);
                 }
@@ -120,7 +120,7 @@ impl CpuDevice {
         let dtype = p.dtype;
         // aten converts add's alpha to the tensors' dtype before the kernel widens it again.
         let (rate, decay) = (round(-learning_rate as f32, dtype), round(weight_decay as f32, dtype));
-        with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 2, |first, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 2, |first, run| vectorised(#[inline(always)] || {
             for (p, &g) in run.iter_mut().zip(&gradient[first..]) {
                 let g = if decay == 0.0 { g } else { round.apply(decay.mul_add(*p, g)) };
                 *p = round.apply(rate.mul_add(g, *p));

@@ -31,7 +31,7 @@ impl CpuDevice {
         let (source, cos, sin) = (values(x)?, values(with.cos)?, values(with.sin)?);
         let mut out = vec![0f32; source.len()];
         let sign = if with.inverse { -1.0f32 } else { 1.0 };
-        with_round!(dtype, round => self.workers.rows(&mut out, columns, 3, |first, run| vectorised(|| {
+        with_round!(dtype, round => self.workers.rows(&mut out, columns, 3, |first, run| vectorised(#[inline(always)] || {
             for (i, y) in run.chunks_exact_mut(columns).enumerate() {
                 let x = &source[(first + i) * columns..][..columns];
                 let at = with.positions[first + i] as usize * half;

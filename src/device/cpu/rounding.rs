@@ -117,11 +117,14 @@ pub fn round_operand(x: &mut [f32], compute: Compute) {
 
 #[inline(always)]
 fn map_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
-    super::simd::vectorised(|| {
-        for value in x {
-            *value = f(*value);
-        }
-    });
+    super::simd::vectorised(
+        #[inline(always)]
+        || {
+            for value in x {
+                *value = f(*value);
+            }
+        },
+    );
 }
 
 /// Whether values already of `dtype` need no rounding to be operands of `compute`.
@@ -137,23 +140,26 @@ pub fn is_exact_in(dtype: DType, compute: Compute) -> bool {
 
 /// Widens little-endian elements of `dtype` to f32; `bytes` holds exactly `out.len()` elements, at any alignment.
 pub fn widen(bytes: &[u8], dtype: DType, out: &mut [f32]) {
-    super::simd::vectorised(|| match dtype {
-        DType::F32 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    super::simd::vectorised(
+        #[inline(always)]
+        || match dtype {
+            DType::F32 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
             }
-        }
-        DType::BF16 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
+            DType::BF16 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
+                }
             }
-        }
-        DType::F16 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = widen_f16(u16::from_le_bytes([b[0], b[1]]));
+            DType::F16 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = widen_f16(u16::from_le_bytes([b[0], b[1]]));
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// f16 bits as f32, exactly: the exponent is rebased by a multiplication, which also normalises subnormals.

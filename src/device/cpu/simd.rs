@@ -50,7 +50,8 @@ pub fn level() -> Level {
     Level::Baseline
 }
 
-/// Runs `f` compiled for the best instruction set there is. `f` must be small enough to be inlined whole.
+/// Runs `f` compiled for the best instruction set there is. Write `#[inline(always)]` before the closure: only what is
+/// inlined here is compiled for the instruction set (else, say, each fused multiply-add calls the C library).
 #[inline(always)]
 pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

@@ -48,7 +48,10 @@ impl CpuDevice {
             let (_, at, n) = pieces[i];
             let mut scratch = [0f32; PIECE];
             let values = borrow(&source, at, n, &mut scratch);
-            vectorised(|| measure(values, range))
+            vectorised(
+                #[inline(always)]
+                || measure(values, range),
+            )
         });
         let mut result = vec![Statistics::default(); units.len() - 1];
         for ((unit, ..), part) in pieces.iter().zip(&parts) {
@@ -65,7 +68,10 @@ impl CpuDevice {
             let (_, at, n) = pieces[i];
             let mut scratch = [0f32; PIECE];
             let values = borrow(&source, at, n, &mut scratch);
-            vectorised(|| squares(values))
+            vectorised(
+                #[inline(always)]
+                || squares(values),
+            )
         });
         let mut sums = vec![(0f64, 0u64); units.len() - 1];
         for ((unit, ..), (sum, nonfinite)) in pieces.iter().zip(parts) {

@@ -4,9 +4,10 @@
 //! (12 of 16). The rows of A are broadcast, the columns of B are loaded. All f32 kernels do the same fused
 //! multiply-adds in the same order and so give the same bits.
 
-use crate::device::Compute;
+use crate::device::cpu::rounding;
 use crate::device::cpu::simd::{self, Level};
 use crate::device::cpu::threads::Shared;
+use crate::device::{Compute, DType};
 
 /// Most rows of any tile.
 const ROWS: usize = 14;
@@ -69,13 +70,13 @@ impl Kernel {
         k.div_ceil(self.per_unit)
     }
 
-    /// C tile = (C tile if `accumulate`) + A panel · B panel.
-    pub fn tile(&self, a: &[u32], b: &[u32], tile: &Tile<'_>, accumulate: bool) {
+    /// C tile = (C tile if `accumulate`) + A panel · B panel, then bias and rounding if `finish`.
+    pub fn tile(&self, a: &[u32], b: &[u32], tile: &Tile<'_>, accumulate: bool, finish: Option<Finish<'_>>) {
         let units = b.len() / self.columns;
         assert!(a.len() == units * self.rows && b.len() == units * self.columns);
         assert!((1..=self.tiles.len()).contains(&tile.rows) && tile.columns <= self.columns);
         let function = self.tiles[tile.rows - 1];
-        if tile.columns == self.columns && tile.strides.1 == 1 {
+        if finish.is_none() && tile.columns == self.columns && tile.strides.1 == 1 {
             let last = tile.at + (tile.rows - 1) * tile.strides.0;
             let c = tile.c.pointer(tile.at, last + self.columns);
             // SAFETY: the panels hold `units` units (asserted), C's rows lie inside its buffer (checked by `pointer`)
@@ -85,21 +86,51 @@ impl Kernel {
         }
         let mut buffer = [0f32; ROWS * COLUMNS];
         if accumulate {
-            tile.each(|at, i| buffer[i] = tile.c.get(at));
+            tile.load(&mut buffer);
         }
         // SAFETY: as above; the buffer holds the largest tile.
         unsafe { function(units, a.as_ptr(), b.as_ptr(), buffer.as_mut_ptr(), COLUMNS, accumulate) };
-        tile.each(|at, i| tile.c.set(at, buffer[i]));
+        if let Some(finish) = finish {
+            if let Some(bias) = finish.bias {
+                for row in buffer.chunks_exact_mut(COLUMNS).take(tile.rows) {
+                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                }
+            }
+            rounding::round_slice(&mut buffer[..tile.rows * COLUMNS], finish.out);
+        }
+        tile.store(&buffer);
     }
 }
 
+/// What happens to a tile after its last part of the depth.
+#[derive(Clone, Copy)]
+pub struct Finish<'a> {
+    /// One value per column of the tile.
+    pub bias: Option<&'a [f32]>,
+    pub out: DType,
+}
+
 impl Tile<'_> {
-    /// f(element of C, element of a [rows][COLUMNS] buffer) for all elements that exist.
-    #[inline(always)]
-    fn each(&self, mut f: impl FnMut(usize, usize)) {
-        for row in 0..self.rows {
-            for column in 0..self.columns {
-                f(self.at + row * self.strides.0 + column * self.strides.1, row * COLUMNS + column);
+    /// Copies what exists of C to rows of [`COLUMNS`].
+    fn load(&self, buffer: &mut [f32; ROWS * COLUMNS]) {
+        for (row, out) in buffer.chunks_exact_mut(COLUMNS).take(self.rows).enumerate() {
+            for (column, x) in out[..self.columns].iter_mut().enumerate() {
+                *x = self.c.get(self.at + row * self.strides.0 + column * self.strides.1);
+            }
+        }
+    }
+
+    /// The reverse.
+    fn store(&self, buffer: &[f32; ROWS * COLUMNS]) {
+        for (row, values) in buffer.chunks_exact(COLUMNS).take(self.rows).enumerate() {
+            let at = self.at + row * self.strides.0;
+            if self.strides.1 == 1 {
+                // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
+                unsafe { self.c.slice(at, self.columns) }.copy_from_slice(&values[..self.columns]);
+                continue;
+            }
+            for (column, &x) in values[..self.columns].iter().enumerate() {
+                self.c.set(at + column * self.strides.1, x);
             }
         }
     }

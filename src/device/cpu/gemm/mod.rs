@@ -13,7 +13,6 @@ pub use pack::Matrix;
 use std::ops::Range;
 
 use super::CpuDevice;
-use super::rounding;
 use super::threads::Shared;
 use super::values::{elements, expect, expect_offsets, tensor, values};
 use crate::Result;
@@ -64,8 +63,7 @@ impl CpuDevice {
             let rows = share(plan.panels(), row_tasks, task % row_tasks, kernel.rows, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
-            block(&plan, &packed, rows.clone(), columns.clone(), &c);
-            finish(&plan, rows, columns, &c);
+            block(&plan, &packed, rows, columns, &c);
         });
     }
 
@@ -167,7 +165,7 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(product: &'a Product<'a>, kernel: &'a Kernel) -> Self {
         let depth = kernel.units(product.k);
-        if product.n < kernel.columns && product.n < product.m {
+        if product.n < kernel.columns && product.n < product.m && product.bias.is_none() {
             let (m, n) = (product.n, product.m);
             return Self { product, kernel, a: &product.b, b: &product.a, m, n, strides: (1, product.n), depth };
         }
@@ -177,6 +175,13 @@ impl<'a> Plan<'a> {
 
     fn panels(&self) -> usize {
         self.m.div_ceil(self.kernel.rows)
+    }
+
+    /// Bias and rounding of a tile, after the last unit of depth, where there is any.
+    fn finish(&self, units: usize, columns: Range<usize>) -> Option<kernel::Finish<'a>> {
+        let Product { bias, out, .. } = *self.product;
+        let any = bias.is_some() || out != DType::F32;
+        (any && units == self.depth).then(|| kernel::Finish { bias: bias.map(|bias| &bias[columns]), out })
     }
 
     /// The depth in even parts of at most [`DEPTH`] units; one empty part if there is none, which stores zeros.
@@ -213,28 +218,10 @@ fn block(plan: &Plan<'_>, packed_a: &[u32], rows: Range<usize>, columns: Range<u
                         columns: kernel.columns.min(end_column - column),
                     };
                     let b = &packed_b[panel * kernel.columns * units..][..kernel.columns * units];
-                    kernel.tile(a, b, &tile, part.start > 0);
+                    let finish = plan.finish(part.end, column..column + tile.columns);
+                    kernel.tile(a, b, &tile, part.start > 0, finish);
                 }
             }
         }
-    }
-}
-
-/// Bias and the one rounding, on a finished block of C.
-fn finish(plan: &Plan<'_>, rows: Range<usize>, columns: Range<usize>, c: &Shared<'_>) {
-    let product = plan.product;
-    if product.bias.is_none() && product.out == DType::F32 {
-        return;
-    }
-    let (rows, columns) = if plan.strides.1 == 1 { (rows, columns) } else { (columns, rows) };
-    for row in rows {
-        // SAFETY: the block belongs to this task alone, and its rows do not overlap.
-        let run = unsafe { c.slice(row * product.n + columns.start, columns.len()) };
-        if let Some(bias) = product.bias {
-            for (y, b) in run.iter_mut().zip(&bias[columns.clone()]) {
-                *y += b;
-            }
-        }
-        rounding::round_slice(run, product.out);
     }
 }

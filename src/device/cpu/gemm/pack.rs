@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::kernel::Kernel;
 use crate::device::DType;
 use crate::device::cpu::rounding;
-use crate::device::cpu::simd::vectorised;
+use crate::device::cpu::simd::{self, Level, vectorised};
 use crate::device::cpu::values::Elements;
 
 /// A strided view of an operand: element (lane l, depth p) is `elements[at + l·lane + p·depth]`. Lanes are rows of A
@@ -48,7 +48,7 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// Elements of depth that are gathered at a time before they are laid across the lanes; even.
+/// Units of depth laid out at a time.
 const STRIP: usize = 32;
 /// Most lanes of any panel.
 const LANES: usize = 32;
@@ -63,29 +63,22 @@ pub fn pack(
     out: &mut [u32],
 ) {
     let convert = Convert { matrix, kernel, exact: rounding::is_exact_in(matrix.dtype, kernel.compute) };
-    let mut strip = [[0f32; LANES]; STRIP];
-    let mut start = depth.start;
-    while start < depth.end {
-        let count = STRIP.min(depth.end - start);
+    let mut strip = [[0u32; LANES]; STRIP];
+    for (i, out) in out.chunks_mut(STRIP * width).enumerate() {
+        let start = depth.start + i * STRIP * kernel.per_unit;
+        let elements = start..(start + STRIP * kernel.per_unit).min(depth.end);
         if matrix.depth == 1 {
-            convert.across(lanes.clone(), start, count, &mut strip);
+            convert.across(lanes.clone(), elements, &mut strip);
         } else {
-            for (p, row) in strip[..count].iter_mut().enumerate() {
-                let at = matrix.at + (start + p) * matrix.depth + lanes.start;
-                convert.load(at, &mut row[..lanes.len()]);
-            }
+            convert.along(lanes.clone(), elements, &mut strip);
         }
-        if !count.is_multiple_of(kernel.per_unit) {
-            strip[count] = [0f32; LANES];
+        for (out, units) in out.chunks_exact_mut(width).zip(&strip) {
+            out.copy_from_slice(&units[..width]);
         }
-        let units = count.div_ceil(kernel.per_unit);
-        let first = (start - depth.start) / kernel.per_unit;
-        write(&strip, width, kernel.per_unit, &mut out[first * width..][..units * width]);
-        start += count;
     }
 }
 
-/// Loading runs of an operand, rounded.
+/// Loading an operand, rounded and in units: f32 bits, or two bf16 (the earlier in depth in the low half).
 struct Convert<'a> {
     matrix: &'a Matrix<'a>,
     kernel: &'a Kernel,
@@ -101,38 +94,116 @@ impl Convert<'_> {
         }
     }
 
-    /// strip[p][l] = element (lanes.start + l, start + p), from rows that are contiguous in depth.
-    fn across(&self, lanes: Range<usize>, start: usize, count: usize, strip: &mut [[f32; LANES]; STRIP]) {
-        let mut rows = [[0f32; STRIP]; LANES];
-        for (row, l) in rows.iter_mut().zip(lanes.clone()) {
-            self.load(self.matrix.at + l * self.matrix.lane + start, &mut row[..count]);
-        }
-        let lanes = lanes.len();
-        vectorised(|| {
-            for (p, out) in strip[..count].iter_mut().enumerate() {
-                for (x, row) in out[..lanes].iter_mut().zip(&rows) {
-                    *x = row[p];
+    /// Lanes that are contiguous in depth: rows of units, then transposed.
+    fn across(&self, lanes: Range<usize>, depth: Range<usize>, strip: &mut [[u32; LANES]; STRIP]) {
+        let mut rows = [[0u32; STRIP]; LANES];
+        let mut run = [0f32; 2 * STRIP];
+        for (row, lane) in rows.iter_mut().zip(lanes) {
+            self.load(self.matrix.at + lane * self.matrix.lane + depth.start, &mut run[..depth.len()]);
+            if self.kernel.per_unit == 1 {
+                for (unit, x) in row.iter_mut().zip(&run) {
+                    *unit = x.to_bits();
                 }
+            } else {
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (unit, pair) in row.iter_mut().zip(run.chunks_exact(2)) {
+                            *unit = join(pair[0], pair[1]);
+                        }
+                    },
+                );
             }
-        });
+        }
+        transpose(&rows, strip);
+    }
+
+    /// Lanes that are contiguous at each depth.
+    fn along(&self, lanes: Range<usize>, depth: Range<usize>, strip: &mut [[u32; LANES]; STRIP]) {
+        let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+        let n = lanes.len();
+        let load = |d: usize, run: &mut [f32; LANES]| {
+            if depth.contains(&d) {
+                self.load(self.matrix.at + d * self.matrix.depth + lanes.start, &mut run[..n]);
+            } else {
+                *run = [0f32; LANES];
+            }
+        };
+        for (i, units) in strip.iter_mut().enumerate() {
+            let d = depth.start + i * self.kernel.per_unit;
+            if d >= depth.end {
+                break;
+            }
+            load(d, &mut low);
+            if self.kernel.per_unit == 1 {
+                *units = low.map(f32::to_bits);
+            } else {
+                load(d + 1, &mut high);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for ((unit, low), high) in units.iter_mut().zip(&low).zip(&high) {
+                            *unit = join(*low, *high);
+                        }
+                    },
+                );
+            }
+        }
     }
 }
 
-/// Lays a strip out in units: f32 bits, or two bf16 (the earlier in depth in the low half).
-fn write(strip: &[[f32; LANES]; STRIP], width: usize, per_unit: usize, out: &mut [u32]) {
-    vectorised(|| {
-        if per_unit == 1 {
-            for (out, row) in out.chunks_exact_mut(width).zip(strip) {
-                for (unit, x) in out.iter_mut().zip(row) {
-                    *unit = x.to_bits();
-                }
-            }
-        } else {
-            for (out, pair) in out.chunks_exact_mut(width).zip(strip.chunks_exact(2)) {
-                for ((unit, low), high) in out.iter_mut().zip(&pair[0]).zip(&pair[1]) {
-                    *unit = (low.to_bits() >> 16) | (high.to_bits() & 0xffff_0000);
-                }
+#[inline(always)]
+fn join(low: f32, high: f32) -> u32 {
+    (low.to_bits() >> 16) | (high.to_bits() & 0xffff_0000)
+}
+
+/// out[unit][lane] = rows[lane][unit].
+fn transpose(rows: &[[u32; STRIP]; LANES], out: &mut [[u32; LANES]; STRIP]) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() >= Level::Avx2 {
+        for lane in (0..LANES).step_by(8) {
+            for unit in (0..STRIP).step_by(8) {
+                // SAFETY: AVX2 was detected; the 8 × 8 block lies inside both arrays.
+                unsafe { transpose_8x8(rows, out, lane, unit) };
             }
         }
-    });
+        return;
+    }
+    for (unit, out) in out.iter_mut().enumerate() {
+        for (x, row) in out.iter_mut().zip(rows) {
+            *x = row[unit];
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn transpose_8x8(rows: &[[u32; STRIP]; LANES], out: &mut [[u32; LANES]; STRIP], lane: usize, unit: usize) {
+    use std::arch::x86_64::*;
+    let mut r = [_mm256_setzero_ps(); 8];
+    for (i, r) in r.iter_mut().enumerate() {
+        // SAFETY: the caller keeps the block inside the arrays.
+        *r = unsafe { _mm256_loadu_ps(rows[lane + i][unit..].as_ptr().cast()) };
+    }
+    // Pairs of rows interleaved, then pairs of pairs, then the halves of the registers exchanged.
+    let mut t = [_mm256_setzero_ps(); 8];
+    for i in 0..4 {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for half in 0..2 {
+        let q = 4 * half;
+        r[q] = _mm256_shuffle_ps::<0x44>(t[q], t[q + 2]);
+        r[q + 1] = _mm256_shuffle_ps::<0xee>(t[q], t[q + 2]);
+        r[q + 2] = _mm256_shuffle_ps::<0x44>(t[q + 1], t[q + 3]);
+        r[q + 3] = _mm256_shuffle_ps::<0xee>(t[q + 1], t[q + 3]);
+    }
+    for i in 0..4 {
+        t[i] = _mm256_permute2f128_ps::<0x20>(r[i], r[i + 4]);
+        t[i + 4] = _mm256_permute2f128_ps::<0x31>(r[i], r[i + 4]);
+    }
+    for (i, t) in t.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_ps(out[unit + i][lane..].as_mut_ptr().cast(), *t) };
+    }
 }
