@@ -15,7 +15,7 @@ use crate::replay::StepRecord;
 use crate::run::LogRow;
 
 pub use ranges::{Pass, SiteRange};
-pub use words::{cause_title, changes_line};
+pub use words::{cause_title, changes_line, value_text};
 
 /// Everything a report shows. Borrowed from the stages that made it; `ranges` and `rows` may be empty.
 #[derive(Debug, Clone)]
