@@ -6,6 +6,7 @@
 mod common;
 mod inspect;
 mod replay;
+mod sweep;
 
 use clap::{Parser, Subcommand};
 
@@ -27,6 +28,8 @@ pub struct Options {
 pub enum Command {
     Inspect(inspect::Args),
     Replay(replay::Args),
+    /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
+    Sweep(sweep::Args),
 }
 
 /// Runs what was typed.
@@ -38,5 +41,6 @@ pub fn run(options: &Options) -> Result<()> {
     match &options.command {
         Command::Inspect(args) => inspect::run(args, common),
         Command::Replay(args) => replay::run(args, common),
+        Command::Sweep(args) => sweep::run(args, common),
     }
 }

@@ -11,8 +11,6 @@ use serde_json::Value;
 
 use super::Common;
 use crate::batches::{Corpus, RowId};
-use crate::device::DType;
-use crate::model::PrecisionPlan;
 use crate::replay::{
     Certificate, Comparison, Envelope, Intervention, Observer, Replayer, Reproduction, Start, StepRecord, Trace,
     certify, step_json, trace_json,
@@ -121,7 +119,7 @@ impl Args {
             all.push(Intervention::NeutraliseRows(rows.collect::<Result<_>>()?));
         }
         if let Some(precision) = &self.precision {
-            all.push(Intervention::Precision(precision_plan(precision, replayer)?));
+            all.push(Intervention::Precision(replayer.run().precision()?.plan.with_arithmetic(precision)));
         }
         if let Some(seed) = self.perturb {
             all.push(Intervention::Perturb { seed });
@@ -169,22 +167,6 @@ fn find_row(corpus: &Corpus, name: &str, row: u32) -> Result<RowId> {
         return Err(wrong(what, "rows count from 0 in the dataset file".to_owned()));
     }
     Ok(id)
-}
-
-/// The run's plan with another arithmetic.
-fn precision_plan(name: &str, replayer: &Replayer) -> Result<PrecisionPlan> {
-    let own = replayer.run().precision()?.plan;
-    let f32_all = PrecisionPlan { base: own.base, ..PrecisionPlan::F32 };
-    Ok(match name {
-        // Half weights hold the same values in f32: only the arithmetic widens.
-        "fp32" => PrecisionPlan { upcast_norm: own.upcast_norm, ..PrecisionPlan::F32 },
-        "tf32" => PrecisionPlan { tf32: true, upcast_norm: own.upcast_norm, ..PrecisionPlan::F32 },
-        "bf16" => PrecisionPlan { autocast: Some(DType::BF16), upcast_norm: own.upcast_norm, ..f32_all },
-        "fp16" => {
-            PrecisionPlan { autocast: Some(DType::F16), loss_scaling: true, upcast_norm: own.upcast_norm, ..f32_all }
-        }
-        _ => PrecisionPlan { base: DType::BF16, adapter: DType::BF16, ..PrecisionPlan::F32 },
-    })
 }
 
 /// Collects the steps, writes `--trace`, shows progress.

@@ -65,6 +65,22 @@ impl PrecisionPlan {
         }
     }
 
+    /// This plan's weights in another arithmetic, by its word: fp32, tf32, bf16, fp16 (with loss scaling) or
+    /// pure_bf16. Any other word leaves the plan as it is.
+    pub fn with_arithmetic(self, word: &str) -> Self {
+        let wide = Self { upcast_norm: self.upcast_norm, ..Self::F32 };
+        let over_own = Self { base: self.base, ..wide };
+        match word {
+            // Half weights hold the same values in f32: only the arithmetic widens.
+            "fp32" => wide,
+            "tf32" => Self { tf32: true, ..wide },
+            "bf16" => Self { autocast: Some(DType::BF16), ..over_own },
+            "fp16" => Self { autocast: Some(DType::F16), loss_scaling: true, ..over_own },
+            "pure_bf16" => Self { base: DType::BF16, adapter: DType::BF16, ..Self::F32 },
+            _ => self,
+        }
+    }
+
     /// Refuses combinations with which the trainer itself stops.
     ///
     /// # Errors

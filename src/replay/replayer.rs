@@ -100,7 +100,8 @@ impl Replayer {
         let corpus = Arc::new(Corpus::load(&run, &run.config)?);
         let engine = Arc::new(Engine::new(Arc::clone(&device), Arc::clone(&base), run.precision()?.plan)?);
         let learning_rate = run.config.learning_rate;
-        let shared = Shared { device, base, corpus, engine, learning_rate };
+        let others = Arc::default();
+        let shared = Shared { device, base, corpus, engine, others, learning_rate };
         let scene = Arc::new(Scene::new(&shared, run, &[])?);
         Ok(Self { source, scene, shared, memory: Mutex::default() })
     }
@@ -204,6 +205,11 @@ impl Replayer {
         }
         walk.keep_state();
         Ok(Trace { start: start.clone(), steps })
+    }
+
+    /// Drops everything remembered (scenes, records, states): for callers that replay hundreds of settings once each.
+    pub fn forget(&self) {
+        *self.memory() = Memory::default();
     }
 
     /// `start`, or the latest earlier one whose optimizer is on disk.

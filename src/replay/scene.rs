@@ -3,7 +3,7 @@
 //! Owns what an intervention means before the first step; what one means at a step is `steps.rs`'.
 
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Intervention;
 use crate::Result;
@@ -60,6 +60,8 @@ pub(super) struct Shared {
     /// Rows as the unchanged configuration gives them.
     pub corpus: Arc<Corpus>,
     pub engine: Arc<Engine>,
+    /// Engines of other precisions over the same base: each may hold its own copy of the weights, so one is enough.
+    pub others: Arc<Mutex<Vec<Arc<Engine>>>>,
     /// learning_rate of the unchanged configuration.
     pub learning_rate: f64,
 }
@@ -166,7 +168,13 @@ fn engine(shared: &Shared, run: &Run, plan: PrecisionPlan) -> Result<Arc<Engine>
         if *shared.engine.plan() == plan {
             return Ok(Arc::clone(&shared.engine));
         }
-        return Ok(Arc::new(Engine::new(Arc::clone(&shared.device), Arc::clone(&shared.base), plan)?));
+        let mut others = shared.others.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(engine) = others.iter().find(|e| *e.plan() == plan) {
+            return Ok(Arc::clone(engine));
+        }
+        let engine = Arc::new(Engine::new(Arc::clone(&shared.device), Arc::clone(&shared.base), plan)?);
+        others.push(Arc::clone(&engine));
+        return Ok(engine);
     }
     let base = Arc::new(BaseModel::open(&folder)?);
     Ok(Arc::new(Engine::new(Arc::clone(&shared.device), base, plan)?))

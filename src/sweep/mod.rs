@@ -12,6 +12,7 @@ pub mod outcome;
 pub mod patch;
 pub mod present;
 pub mod queue;
+pub mod replayed;
 pub mod suggest;
 
 use std::collections::BTreeMap;
