@@ -59,6 +59,7 @@ fn record(step: u64, loss: f64) -> StepRecord {
         learning_rate_logged: 1e-3,
         loss,
         loss_raw: loss,
+        loss_logged: None,
         grad_norm: 0.5,
         clip_coefficient: 1.0,
         update_norm: 0.1,

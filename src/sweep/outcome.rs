@@ -215,6 +215,7 @@ mod tests {
             learning_rate_logged: 1e-3,
             loss: if loss.is_nan() { 0.0 } else { loss },
             loss_raw: loss,
+            loss_logged: None,
             grad_norm: if loss.is_nan() { f64::NAN } else { 0.5 },
             clip_coefficient: if step % 4 == 0 { 0.5 } else { 1.0 },
             update_norm: 0.1,
