@@ -5,11 +5,11 @@
 
 use super::adapter::LoraModule;
 use super::context::Context;
-use super::linear::{self, Operand};
+use super::linear::{self, InputGrad, Operand};
 use super::{Gradients, ModelConfig, Projection, promote};
-use crate::Result;
 use crate::device::{AttentionShape, Compute, Tensor};
 use crate::probe::{Part, Role, Site};
+use crate::{Error, Result};
 
 /// What the backward pass reads of a block's forward pass.
 pub(super) struct Saved {
@@ -115,10 +115,11 @@ pub(super) fn forward(cx: &Context<'_>, layer: usize, h: &Tensor) -> Result<(Ten
     Ok((out, Saved { h, norm: h_norm, heads, q, k, v, attention, lse, middle, middle_norm, gate, up, lora }))
 }
 
-type Normed = Option<[(Tensor, Tensor); 2]>;
+/// Inputs and inverse norms of q's and k's head norms.
+type HeadNorms = Option<[(Tensor, Tensor); 2]>;
 
 /// Per-head norms and rotary embedding: outputs of q_proj and k_proj → q and k as attention reads them.
-fn rotate(cx: &Context<'_>, layer: usize, q: Tensor, k: Tensor) -> Result<((Tensor, Tensor), Normed)> {
+fn rotate(cx: &Context<'_>, layer: usize, q: Tensor, k: Tensor) -> Result<((Tensor, Tensor), HeadNorms)> {
     let turn = |x: &Tensor, heads: usize, part: Part| {
         // q · cos promotes (bf16 q with f32 tables gives f32). Attention rounds its operands to its own arithmetic;
         // keys are repeated over their group, and their gradient summed, in this dtype.
@@ -162,12 +163,12 @@ pub(super) fn backward(
     let mlp = Mlp { h: &saved.middle, norm: &saved.middle_norm, gate: saved.gate, up: saved.up };
     let d_middle = mlp_backward(cx, layer, d_out, mlp, [lora_gate, lora_up, lora_down], sink)?;
 
-    let mut d_attention = None;
+    let mut d_attention = InputGrad::wanted(true);
     let d_o = cx.cast(&d_middle, cx.plan.linear())?;
     let x = Operand::new(cx, saved.attention.clone())?;
-    linear::backward(cx, layer, Projection::O, d_o, &x, lora_o, &mut d_attention, sink, true)?;
+    linear::backward(cx, (layer, Projection::O), d_o, &x, lora_o, &mut d_attention, sink)?;
     drop(x);
-    let Some(d_attention) = d_attention else { return Ok(None) };
+    let Some(d_attention) = d_attention.finish() else { return Ok(None) };
     let d_attention = cx.observe(Site::block(layer, Part::Attention, Role::OutputGrad), d_attention)?;
     let shape = attention_shape(cx.config, layer);
     let (dq, dk, dv) = cx.device.attention_grad(
@@ -184,18 +185,15 @@ pub(super) fn backward(
     let (dq, dk) = rotate_backward(cx, layer, dq, dk, saved.heads.as_ref())?;
 
     let x = Operand::new(cx, norm(cx, &saved.h, &cx.held.layers[layer].input_norm)?.0)?;
-    let mut dx = None;
+    let mut dx = InputGrad::wanted(input_grad);
     // Autograd runs the youngest operation first: v, k, q.
-    linear::backward(cx, layer, Projection::V, dv, &x, lora_v, &mut dx, sink, input_grad)?;
-    linear::backward(cx, layer, Projection::K, dk, &x, lora_k, &mut dx, sink, input_grad)?;
-    linear::backward(cx, layer, Projection::Q, dq, &x, lora_q, &mut dx, sink, input_grad)?;
-    match dx {
-        None => Ok(None),
-        Some(dx) => {
-            let weight = &cx.held.layers[layer].input_norm;
-            residual_backward(cx, layer, Part::InputNorm, d_middle, dx, &saved.h, weight, &saved.norm).map(Some)
-        }
-    }
+    linear::backward(cx, (layer, Projection::V), dv, &x, lora_v, &mut dx, sink)?;
+    linear::backward(cx, (layer, Projection::K), dk, &x, lora_k, &mut dx, sink)?;
+    linear::backward(cx, (layer, Projection::Q), dq, &x, lora_q, &mut dx, sink)?;
+    let Some(dx) = dx.finish() else { return Ok(None) };
+    let dx = cx.observe(Site::block(layer, Part::InputNorm, Role::OutputGrad), dx)?;
+    let normed = Normed { h: &saved.h, weight: &cx.held.layers[layer].input_norm, r: &saved.norm };
+    residual_backward(cx, &normed, &d_middle, &dx).map(Some)
 }
 
 /// What [`mlp_backward`] reads of the forward pass.
@@ -217,39 +215,36 @@ fn mlp_backward(
 ) -> Result<Tensor> {
     let Mlp { h, norm: r, gate, up } = mlp;
     let gated = Operand::new(cx, cx.device.gate(&gate, &up)?)?;
-    let mut d_gated = None;
+    let mut d_gated = InputGrad::wanted(true);
     let d_down = cx.cast(&d_out, cx.plan.linear())?;
-    linear::backward(cx, layer, Projection::Down, d_down, &gated, lora_down, &mut d_gated, sink, true)?;
+    linear::backward(cx, (layer, Projection::Down), d_down, &gated, lora_down, &mut d_gated, sink)?;
     drop(gated);
-    let d_gated = d_gated.ok_or_else(|| crate::Error::internal("down_proj gave no input gradient"))?;
+    let d_gated = d_gated.finish().ok_or_else(|| Error::internal("down_proj gave no input gradient"))?;
     let d_gated = cx.observe(Site::block(layer, Part::Gated, Role::OutputGrad), d_gated)?;
     let (d_gate, d_up) = cx.device.gate_grad(&d_gated, &gate, &up)?;
     drop((gate, up, d_gated));
     let weight = &cx.held.layers[layer].post_norm;
     let x = Operand::new(cx, norm(cx, h, weight)?.0)?;
-    let mut dx = None;
+    let mut dx = InputGrad::wanted(true);
     // up_proj was recorded after gate_proj, so its gradients arrive first.
-    linear::backward(cx, layer, Projection::Up, d_up, &x, lora_up, &mut dx, sink, true)?;
-    linear::backward(cx, layer, Projection::Gate, d_gate, &x, lora_gate, &mut dx, sink, true)?;
-    let dx = dx.ok_or_else(|| crate::Error::internal("gate_proj gave no input gradient"))?;
-    residual_backward(cx, layer, Part::PostAttentionNorm, d_out, dx, h, weight, r)
+    linear::backward(cx, (layer, Projection::Up), d_up, &x, lora_up, &mut dx, sink)?;
+    linear::backward(cx, (layer, Projection::Gate), d_gate, &x, lora_gate, &mut dx, sink)?;
+    let dx = dx.finish().ok_or_else(|| Error::internal("gate_proj gave no input gradient"))?;
+    let dx = cx.observe(Site::block(layer, Part::PostAttentionNorm, Role::OutputGrad), dx)?;
+    residual_backward(cx, &Normed { h, weight, r }, &d_out, &dx)
+}
+
+/// A residual stream, the weight of the norm on it, and its inverse norms.
+struct Normed<'a> {
+    h: &'a Tensor,
+    weight: &'a Tensor,
+    r: &'a Tensor,
 }
 
 /// Gradient of a residual stream h: that of the stream above plus that through the norm, in h's dtype.
-#[allow(clippy::too_many_arguments)]
-fn residual_backward(
-    cx: &Context<'_>,
-    layer: usize,
-    part: Part,
-    d_above: Tensor,
-    d_norm: Tensor,
-    h: &Tensor,
-    weight: &Tensor,
-    r: &Tensor,
-) -> Result<Tensor> {
-    let d_norm = cx.observe(Site::block(layer, part, Role::OutputGrad), d_norm)?;
-    let d_h = cx.device.rms_norm_grad(&d_norm, h, weight, r)?;
-    cx.device.add(&cx.cast(&d_above, h.dtype)?, &d_h, h.dtype)
+fn residual_backward(cx: &Context<'_>, x: &Normed<'_>, d_above: &Tensor, d_norm: &Tensor) -> Result<Tensor> {
+    let d_h = cx.device.rms_norm_grad(d_norm, x.h, x.weight, x.r)?;
+    cx.device.add(&cx.cast(d_above, x.h.dtype)?, &d_h, x.h.dtype)
 }
 
 /// Gradients of q and k as attention read them → gradients of the outputs of q_proj and k_proj.

@@ -5,6 +5,7 @@
 
 use super::{ModelConfig, select};
 use crate::Result;
+use crate::batches::Mt19937;
 use crate::device::DType;
 use crate::run::{AdapterModule, AdapterWeights};
 
@@ -20,11 +21,13 @@ pub fn initial_weights(
     seed: u64,
     base: DType,
 ) -> Result<AdapterWeights> {
-    let mut generator = Mt19937::new(seed as u32);
+    let mut generator = Mt19937::new(seed);
     let modules = select(targets, config)?.into_iter().map(|(layer, projection)| {
         let (fan_in, fan_out) = projection.shape(config);
         // nn.Linear(in, r) and nn.Linear(r, out) initialise themselves; PEFT then overwrites both.
-        generator.skip(rank * fan_in + fan_out * rank);
+        for _ in 0..rank * fan_in + fan_out * rank {
+            generator.next_u32();
+        }
         let a = kaiming_uniform(&mut generator, rank * fan_in, fan_in, base);
         AdapterModule { path: projection.path(layer), a, b: vec![0.0; fan_out * rank], rank, fan_in, fan_out }
     });
@@ -45,49 +48,5 @@ fn kaiming_uniform(generator: &mut Mt19937, count: usize, fan_in: usize, base: D
             DType::F16 => half::f16::from_f32(value).to_f32(),
         }
     };
-    (0..count).map(|_| draw(generator.next())).collect()
-}
-
-/// torch's CPU generator, an unmodified MT19937.
-struct Mt19937 {
-    state: [u32; 624],
-    used: usize,
-}
-
-impl Mt19937 {
-    fn new(seed: u32) -> Self {
-        let mut state = [seed; 624];
-        for j in 1..624 {
-            let previous = state[j - 1];
-            state[j] = 1_812_433_253u32.wrapping_mul(previous ^ (previous >> 30)).wrapping_add(j as u32);
-        }
-        Self { state, used: 624 }
-    }
-
-    fn twist(&mut self) {
-        for i in 0..624 {
-            let mixed = (self.state[i] & 0x8000_0000) | (self.state[(i + 1) % 624] & 0x7FFF_FFFF);
-            let odd = if mixed & 1 == 1 { 0x9908_B0DF } else { 0 };
-            self.state[i] = self.state[(i + 397) % 624] ^ (mixed >> 1) ^ odd;
-        }
-        self.used = 0;
-    }
-
-    fn next(&mut self) -> u32 {
-        if self.used == 624 {
-            self.twist();
-        }
-        let mut y = self.state[self.used];
-        self.used += 1;
-        y ^= y >> 11;
-        y ^= (y << 7) & 0x9D2C_5680;
-        y ^= (y << 15) & 0xEFC6_0000;
-        y ^ (y >> 18)
-    }
-
-    fn skip(&mut self, draws: usize) {
-        for _ in 0..draws {
-            self.next();
-        }
-    }
+    (0..count).map(|_| draw(generator.next_u32())).collect()
 }

@@ -73,47 +73,67 @@ pub(super) fn forward(
     Ok((cx.observe(site(Role::Output), y)?, Some(u)))
 }
 
+/// The gradient of an input that several linears share.
+pub(super) struct InputGrad {
+    sum: Option<Tensor>,
+    wanted: bool,
+}
+
+impl InputGrad {
+    pub fn wanted(wanted: bool) -> Self {
+        Self { sum: None, wanted }
+    }
+
+    /// The gradient, if it is wanted and anything was added.
+    pub fn finish(self) -> Option<Tensor> {
+        self.sum
+    }
+
+    /// Adds `d` as autograd accumulates at a tensor used more than once: both in the tensor's dtype, one rounding
+    /// per addition.
+    fn add(&mut self, cx: &Context<'_>, d: &Tensor, dtype: DType) -> Result<()> {
+        let d = cx.cast(d, dtype)?;
+        self.sum = Some(match self.sum.take() {
+            None => d,
+            Some(so_far) => cx.device.add(&so_far, &d, dtype)?,
+        });
+        Ok(())
+    }
+}
+
 /// Adds the LoRA gradients of `dy` to `sink`, and the gradient of the input to `dx` (autograd's order: the LoRA
-/// branch was recorded last, so it arrives first). `dx` stays `None` when `input_grad` is false.
-#[allow(clippy::too_many_arguments)]
+/// branch was recorded last, so it arrives first).
 pub(super) fn backward(
     cx: &Context<'_>,
-    layer: usize,
-    projection: Projection,
+    (layer, projection): (usize, Projection),
     dy: Tensor,
     x: &Operand,
     u: Option<Tensor>,
-    dx: &mut Option<Tensor>,
+    dx: &mut InputGrad,
     sink: &mut Sink<'_>,
-    input_grad: bool,
 ) -> Result<()> {
     let dy = cx.observe(Site::block(layer, Part::Projection(projection), Role::OutputGrad), dy)?;
-    if let (Some((index, lora)), Some(u)) = (cx.adapter.at(layer, projection), u) {
-        let d_branch = branch_backward(cx, index, lora, &dy, x, &u, sink, input_grad)?;
-        if let Some(d) = d_branch {
-            accumulate(cx, dx, d, x.raw.dtype)?;
-        }
+    if let (Some(adapted), Some(u)) = (cx.adapter.at(layer, projection), u) {
+        branch_backward(cx, adapted, &dy, x, &u, dx, sink)?;
     }
-    if input_grad {
+    if dx.wanted {
         let w = &cx.held.layers[layer].linears[projection as usize].w;
         let d = cx.device.linear_input_grad(&dy, w, cx.plan.compute(), cx.plan.linear())?;
-        accumulate(cx, dx, d, x.raw.dtype)?;
+        dx.add(cx, &d, x.raw.dtype)?;
     }
     Ok(())
 }
 
 /// Gradients of A and B per micro-batch, and of the branch's input.
-#[allow(clippy::too_many_arguments)]
 fn branch_backward(
     cx: &Context<'_>,
-    index: usize,
-    lora: &LoraModule,
+    (index, lora): (usize, &LoraModule),
     dy: &Tensor,
     x: &Operand,
     u: &Tensor,
+    dx: &mut InputGrad,
     sink: &mut Sink<'_>,
-    input_grad: bool,
-) -> Result<Option<Tensor>> {
+) -> Result<()> {
     let device = cx.device;
     let (branch, compute) = (cx.plan.branch(), cx.plan.branch_compute());
     let dv = device.scale(dy, cx.adapter.scaling, branch)?;
@@ -123,24 +143,12 @@ fn branch_backward(
     let da = device.linear_weight_grad(&du, &dropped, &cx.unit_tokens, compute, branch)?;
     sink.add(cx, lora, 2 * index, Role::LoraAGrad, da)?;
     sink.add(cx, lora, 2 * index + 1, Role::LoraBGrad, db)?;
-    if !input_grad {
-        return Ok(None);
+    if !dx.wanted {
+        return Ok(());
     }
-    let d = device.linear_input_grad(&du, &lora.a, compute, branch)?;
-    if cx.options.dropout.is_none() {
-        return Ok(Some(d));
+    let mut d = device.linear_input_grad(&du, &lora.a, compute, branch)?;
+    if cx.options.dropout.is_some() {
+        d = cx.dropout(&cx.cast(&d, cx.adapter.dtype)?, index)?;
     }
-    let d = cx.cast(&d, cx.adapter.dtype)?;
-    Ok(Some(cx.dropout(&d, index)?))
-}
-
-/// `sum` += `d` as autograd accumulates at a tensor used more than once: both in the tensor's dtype, one rounding
-/// per addition.
-fn accumulate(cx: &Context<'_>, sum: &mut Option<Tensor>, d: Tensor, dtype: DType) -> Result<()> {
-    let d = cx.cast(&d, dtype)?;
-    *sum = Some(match sum.take() {
-        None => d,
-        Some(so_far) => cx.device.add(&so_far, &d, dtype)?,
-    });
-    Ok(())
+    dx.add(cx, &d, x.raw.dtype)
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use candle_core::{D, DType as CandleDType, Device, Tensor, Var};
 
+use super::weights::files;
 use super::{ModelConfig, Projection, Ragged, inverse_frequencies};
 use crate::device::DType;
 use crate::run::AdapterWeights;
@@ -43,15 +44,10 @@ impl Oracle {
     /// The configuration or a file cannot be read.
     pub fn open(dir: &Path, base: DType) -> Result<Self> {
         let config = ModelConfig::open(dir)?;
-        let entries = std::fs::read_dir(dir).map_err(|e| Error::input(e.to_string()).at_path(dir))?;
         let mut tensors = HashMap::new();
-        for entry in entries {
-            let path = entry.map_err(|e| Error::input(e.to_string()).at_path(dir))?.path();
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            if name.starts_with("model") && name.ends_with(".safetensors") {
-                let load = || candle_core::safetensors::load(&path, &Device::Cpu);
-                tensors.extend(load().map_err(|e| Error::input(e.to_string()).at_path(&path))?);
-            }
+        for path in files(dir)? {
+            let load = || candle_core::safetensors::load(&path, &Device::Cpu);
+            tensors.extend(load().map_err(|e| Error::input(e.to_string()).at_path(&path))?);
         }
         let held = match base {
             DType::F32 => CandleDType::F32,

@@ -121,10 +121,10 @@ fn expected(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 }
 
 /// The safetensors files of a folder.
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.exists() {
-        return Ok(vec![single]);
+        return Ok(vec![follow_link(single)?]);
     }
     let index = dir.join("model.safetensors.index.json");
     let text = std::fs::read_to_string(&index).map_err(|e| {
@@ -143,7 +143,23 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     if let Some(name) = names.iter().find(|n| n.contains(['/', '\\'])) {
         return Err(Error::input(format!("shard {name} lies outside the model folder")).at_path(&index));
     }
-    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+    names.into_iter().map(|name| follow_link(dir.join(name))).collect()
+}
+
+/// Longest file that can be a stand-in for weights rather than weights.
+const LINK_BYTES: u64 = 1024;
+
+/// Symbolic links become text files that hold the target in checkouts and archives without links; Git LFS leaves a
+/// pointer where weights were not fetched.
+fn follow_link(file: PathBuf) -> Result<PathBuf> {
+    let short = std::fs::metadata(&file).is_ok_and(|m| m.len() <= LINK_BYTES);
+    let Some(text) = short.then(|| std::fs::read_to_string(&file).ok()).flatten() else { return Ok(file) };
+    if text.starts_with("version https://git-lfs") {
+        return Err(Error::input("a Git LFS pointer, not weights").at_path(&file).next("git lfs pull"));
+    }
+    let target =
+        file.parent().map(|dir| dir.join(text.trim())).filter(|t| text.contains(".safetensors") && t.is_file());
+    Ok(target.unwrap_or(file))
 }
 
 /// Adds every floating tensor of one file to `found`.

@@ -82,6 +82,20 @@ fn shards_are_found_through_the_index() {
 }
 
 #[test]
+fn a_link_kept_as_text_is_followed_and_an_lfs_pointer_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let (real, linked) = (dir.path().join("real"), dir.path().join("linked"));
+    std::fs::create_dir(&real).unwrap();
+    std::fs::create_dir(&linked).unwrap();
+    write_model(&real, &config(), 1);
+    std::fs::copy(real.join("config.json"), linked.join("config.json")).unwrap();
+    std::fs::write(linked.join("model.safetensors"), "../real/model.safetensors").unwrap();
+    assert_eq!(BaseModel::open(&linked).unwrap().tensors().count(), BaseModel::open(&real).unwrap().tensors().count());
+    std::fs::write(linked.join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\n").unwrap();
+    assert_mentions(&message(&linked), &["model.safetensors", "git lfs pull"]);
+}
+
+#[test]
 fn weights_that_are_not_finite_are_found() {
     let dir = tempfile::tempdir().unwrap();
     let parsed = write_model(dir.path(), &config(), 1);
