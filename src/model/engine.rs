@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::context::Context;
 use super::held::{Held, WeightFlip};
 use super::{Adapter, BaseModel, Gradients, ModelConfig, PrecisionPlan, Ragged, RopeTables, block, head};
-use crate::device::{Device, Tensor};
+use crate::device::{DType, Device, Tensor};
 use crate::probe::{Measurement, Probes, Recorder, Site};
 use crate::{Error, Result};
 
@@ -27,6 +27,8 @@ pub struct PassOptions {
     pub perturb: Option<u64>,
     pub dropout: Option<Dropout>,
     pub probes: Probes,
+    /// Dtype whose range probes count against (would this run fit fp16?); `None`: each tensor's own.
+    pub probe_range: Option<DType>,
     pub weight_flips: Vec<WeightFlip>,
     pub activation_flips: Vec<ActivationFlip>,
     pub memory: Memory,
@@ -146,7 +148,7 @@ impl Engine {
         };
         let held = flipped.as_ref().unwrap_or(&self.held);
         let rope = RopeTables::new(&*self.device, &self.base.config, batch.longest(), self.plan.residual())?;
-        let recorder = Recorder::new(options.probes);
+        let recorder = Recorder::new(options.probes, options.probe_range);
         let (tokens, recompute) = self.memory(batch, options.memory);
         let mut units = Vec::with_capacity(batch.units());
         for range in batch.chunks(tokens) {
@@ -226,7 +228,7 @@ fn run_chunk(
     let (Some((_, gradients)), Some(mut d_h)) = (backward, d_h) else { return Ok(units) };
     drop(h);
     let mut sums = vec![(0f64, 0u64); units.len()];
-    let unmeasured = Recorder::new(Probes::Off);
+    let unmeasured = Recorder::default();
     let silent = context.recording(&unmeasured);
     while let Some(last) = kept.pop() {
         let layer = kept.len();

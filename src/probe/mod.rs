@@ -3,8 +3,10 @@
 //! The model calls a [`Recorder`] at every site of a pass; when probing is off that costs one comparison. Reading
 //! the tensors is [`crate::device::Device::statistics`]'.
 
+mod range;
 mod recorder;
 mod site;
 
+pub use range::*;
 pub use recorder::*;
 pub use site::*;

@@ -26,8 +26,10 @@ pub struct Measurement {
     pub site: Site,
     /// Micro-batch of the window; `None`: all of a chunk's together.
     pub unit: Option<usize>,
-    /// Dtype of the tensor: the range that its statistics are counted against.
+    /// Dtype of the tensor.
     pub dtype: DType,
+    /// The dtype whose range underflow, subnormals and overflow are counted against.
+    pub range: DType,
     pub statistics: Statistics,
     /// The elements, row-major, where [`Probes::Values`] asks for them.
     pub values: Option<Vec<f32>>,
@@ -37,12 +39,14 @@ pub struct Measurement {
 #[derive(Debug, Default)]
 pub struct Recorder {
     probes: Probes,
+    range: Option<DType>,
     measured: RefCell<Vec<Measurement>>,
 }
 
 impl Recorder {
-    pub fn new(probes: Probes) -> Self {
-        Self { probes, measured: RefCell::default() }
+    /// `range`: dtype to count against; `None`: each tensor's own.
+    pub fn new(probes: Probes, range: Option<DType>) -> Self {
+        Self { probes, range, measured: RefCell::default() }
     }
 
     pub fn is_off(&self) -> bool {
@@ -65,7 +69,8 @@ impl Recorder {
             Probes::PerSite | Probes::Values => (&whole[..], false),
             Probes::PerUnit => (offsets, true),
         };
-        let all = device.statistics(x, units, x.dtype).map_err(|e| e.at(site))?;
+        let range = self.range.unwrap_or(x.dtype);
+        let all = device.statistics(x, units, range).map_err(|e| e.at(site))?;
         let values = match self.probes {
             Probes::Values => Some(device.download(x)?),
             _ => None,
@@ -75,6 +80,7 @@ impl Recorder {
             site,
             unit: numbered.then_some(first_unit + i),
             dtype: x.dtype,
+            range,
             statistics,
             values: values.clone(),
         }));
