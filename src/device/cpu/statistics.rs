@@ -117,7 +117,7 @@ fn squares(values: &[f32]) -> (f64, u64) {
     let mut take = |chunk: &[f32]| {
         for (l, &x) in chunk.iter().enumerate() {
             let wide = x as f64;
-            sums[l] += wide * wide;
+            sums[l] = wide.mul_add(wide, sums[l]);
             nonfinite[l] += ((x.to_bits() & 0x7fff_ffff) >= INFINITY) as u32;
         }
     };
@@ -162,14 +162,65 @@ impl Counts {
             // Zero wraps to the largest number and so never is the smallest; NaN cannot be below a finite one.
             self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
             let value = if finite { x as f64 } else { 0.0 };
-            self.squares[l] += value * value;
+            self.squares[l] = value.mul_add(value, self.squares[l]);
             self.sum[l] += value;
         }
     }
 }
 
+/// A piece without surprises (nothing non-finite, nothing outside the target's normal range but zeros) needs a third
+/// of the operations: everything is decided by the largest and the smallest magnitude.
 #[inline(always)]
 fn measure(values: &[f32], range: Range) -> Statistics {
+    let mut largest = [0u32; LANES];
+    let mut smallest = [u32::MAX; LANES];
+    let mut zero = [0u32; LANES];
+    let mut squares = [0f64; LANES];
+    let mut sum = [0f64; LANES];
+    let mut take = |chunk: &[f32]| {
+        for (l, &x) in chunk.iter().enumerate() {
+            let magnitude = x.to_bits() & 0x7fff_ffff;
+            largest[l] = largest[l].max(magnitude);
+            // Zero wraps to the largest number and so never is the smallest.
+            smallest[l] = smallest[l].min(magnitude.wrapping_sub(1));
+            zero[l] += (magnitude == 0) as u32;
+            let wide = x as f64;
+            squares[l] = wide.mul_add(wide, squares[l]);
+            sum[l] += wide;
+        }
+    };
+    let mut chunks = values.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        take(chunk);
+    }
+    take(chunks.remainder());
+    let largest = largest.iter().fold(0, |a, &b| a.max(b));
+    let smallest = smallest.iter().fold(u32::MAX, |a, &b| a.min(b)).wrapping_add(1);
+    if largest >= range.infinite.min(INFINITY) || (smallest != 0 && smallest < range.normal) {
+        return measure_all(values, range);
+    }
+    Statistics {
+        elements: values.len() as u64,
+        zero: zero.iter().map(|&c| c as u64).sum(),
+        max_abs: f32::from_bits(largest),
+        min_abs: f32::from_bits(smallest),
+        sum_squares: squares.iter().sum(),
+        sum: sum.iter().sum(),
+        ..Statistics::default()
+    }
+}
+
+/// The same with every count.
+#[inline(never)]
+fn measure_all(values: &[f32], range: Range) -> Statistics {
+    vectorised(
+        #[inline(always)]
+        || count(values, range),
+    )
+}
+
+#[inline(always)]
+fn count(values: &[f32], range: Range) -> Statistics {
     let none = [0u32; LANES];
     let mut counts = Counts {
         nan: none,
