@@ -1,8 +1,11 @@
 //! Every operation on every device. Each test is one body that takes a device; `on_devices!` makes one test per
 //! device of it. CUDA tests say aloud when they are skipped; SPIKEPROBE_REQUIRE_CUDA=1 turns the skip into a failure.
 
+mod accuracy; // against f64, with stated bounds, at awkward sizes
 mod compare; // comparisons that fail on NaN, and say index, values and distance
+mod exact; // casts of every half, special values, the same bits at any thread count and any cut
 mod pytorch; // against PyTorch's own results, bit by bit where its order of operations allows
+mod reference; // the operations in f64
 
 use spikeprobe::device::{DType, Device, Tensor, cpu::CpuDevice};
 

@@ -46,3 +46,24 @@ pub fn mostly_equal(what: &str, got: &[f32], want: &[f32], dtype: DType, share: 
     println!("{what}: {:.3} % equal ({different} of {} differ)", 100.0 * equal, got.len());
     assert!(equal >= share, "{what}: only {:.3} % equal", 100.0 * equal);
 }
+
+/// |got − want| ≤ most, element by element; NaN only against NaN, infinity only against the same infinity.
+pub fn within(what: &str, got: &[f32], want: &[f64], most: &[f64]) {
+    assert_eq!((got.len(), most.len()), (want.len(), want.len()), "{what}: lengths");
+    for (i, (&a, &b)) in got.iter().zip(want).enumerate() {
+        let a = a as f64;
+        let same = (a.is_nan() && b.is_nan()) || a == b;
+        // Written so that a NaN difference fails.
+        let close = (a - b).abs() <= most[i];
+        assert!(same || close, "{what}[{i}]: {a:e} against {b:e}, bound {:e}", most[i]);
+    }
+}
+
+/// The same bits, any NaN equal to any other.
+pub fn identical(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (a, b)) in got.iter().zip(want).enumerate() {
+        let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+        assert!(same, "{what}[{i}]: {a:e} ({:08x}) against {b:e} ({:08x})", a.to_bits(), b.to_bits());
+    }
+}

@@ -114,18 +114,20 @@ fn squares(values: &[f32]) -> (f64, u64) {
     let mut sums = [0f64; LANES];
     let mut nonfinite = [0u32; LANES];
     let mut chunks = values.chunks_exact(LANES);
-    let mut take = |chunk: &[f32]| {
-        for (l, &x) in chunk.iter().enumerate() {
-            let wide = x as f64;
-            sums[l] = wide.mul_add(wide, sums[l]);
-            nonfinite[l] += ((x.to_bits() & 0x7fff_ffff) >= INFINITY) as u32;
-        }
-    };
     for chunk in &mut chunks {
-        take(chunk);
+        add_squares(chunk, &mut sums, &mut nonfinite);
     }
-    take(chunks.remainder());
+    add_squares(chunks.remainder(), &mut sums, &mut nonfinite);
     (sums.iter().sum(), nonfinite.iter().map(|&c| c as u64).sum())
+}
+
+#[inline(always)]
+fn add_squares(chunk: &[f32], sums: &mut [f64; LANES], nonfinite: &mut [u32; LANES]) {
+    for (l, &x) in chunk.iter().enumerate() {
+        let wide = x as f64;
+        sums[l] = wide.mul_add(wide, sums[l]);
+        nonfinite[l] += ((x.to_bits() & 0x7fff_ffff) >= INFINITY) as u32;
+    }
 }
 
 /// Lanes of running counts and sums.
@@ -168,32 +170,48 @@ impl Counts {
     }
 }
 
+/// Lanes of what an ordinary piece needs.
+struct Ordinary {
+    largest: [u32; LANES],
+    smallest: [u32; LANES],
+    zero: [u32; LANES],
+    squares: [f64; LANES],
+    sum: [f64; LANES],
+}
+
+impl Ordinary {
+    #[inline(always)]
+    fn take(&mut self, chunk: &[f32]) {
+        for (l, &x) in chunk.iter().enumerate() {
+            let magnitude = x.to_bits() & 0x7fff_ffff;
+            self.largest[l] = self.largest[l].max(magnitude);
+            // Zero wraps to the largest number and so never is the smallest.
+            self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
+            self.zero[l] += (magnitude == 0) as u32;
+            let wide = x as f64;
+            self.squares[l] = wide.mul_add(wide, self.squares[l]);
+            self.sum[l] += wide;
+        }
+    }
+}
+
 /// A piece without surprises (nothing non-finite, nothing outside the target's normal range but zeros) needs a third
 /// of the operations: everything is decided by the largest and the smallest magnitude.
 #[inline(always)]
 fn measure(values: &[f32], range: Range) -> Statistics {
-    let mut largest = [0u32; LANES];
-    let mut smallest = [u32::MAX; LANES];
-    let mut zero = [0u32; LANES];
-    let mut squares = [0f64; LANES];
-    let mut sum = [0f64; LANES];
-    let mut take = |chunk: &[f32]| {
-        for (l, &x) in chunk.iter().enumerate() {
-            let magnitude = x.to_bits() & 0x7fff_ffff;
-            largest[l] = largest[l].max(magnitude);
-            // Zero wraps to the largest number and so never is the smallest.
-            smallest[l] = smallest[l].min(magnitude.wrapping_sub(1));
-            zero[l] += (magnitude == 0) as u32;
-            let wide = x as f64;
-            squares[l] = wide.mul_add(wide, squares[l]);
-            sum[l] += wide;
-        }
+    let mut lanes = Ordinary {
+        largest: [0; LANES],
+        smallest: [u32::MAX; LANES],
+        zero: [0; LANES],
+        squares: [0.0; LANES],
+        sum: [0.0; LANES],
     };
     let mut chunks = values.chunks_exact(LANES);
     for chunk in &mut chunks {
-        take(chunk);
+        lanes.take(chunk);
     }
-    take(chunks.remainder());
+    lanes.take(chunks.remainder());
+    let Ordinary { largest, smallest, zero, squares, sum } = lanes;
     let largest = largest.iter().fold(0, |a, &b| a.max(b));
     let smallest = smallest.iter().fold(u32::MAX, |a, &b| a.min(b)).wrapping_add(1);
     if largest >= range.infinite.min(INFINITY) || (smallest != 0 && smallest < range.normal) {
