@@ -199,6 +199,7 @@ pub trait Device: Send + Sync {
     /// Rotary embedding, half-split. x [n, heads · head_dim]; cos, sin [max_position, head_dim / 2], already in the
     /// dtype HF casts them to. y = round(round(x·cos, out) + round(rot(x)·sin, out), out). `inverse` rotates back
     /// (the gradient).
+    #[allow(clippy::too_many_arguments)]
     fn rope(
         &self,
         x: &Tensor,
