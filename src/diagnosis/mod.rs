@@ -6,9 +6,13 @@
 //! This folder decides; it replays only through a trait, so that every rule is tested on scripted evidence.
 //! What people read of a [`Diagnosis`] is made in `report/`.
 
+mod bits;
+pub mod departure;
 pub mod detect;
 pub mod evidence;
+pub mod height;
 pub mod number;
+pub mod rows;
 pub mod shares;
 mod summary;
 pub mod verdict;

@@ -1,0 +1,147 @@
+//! The baseline replay against the log: does it match before the spike, and does it part at the spike?
+//!
+//! Differences are |ln(replayed / logged)|: equal for a factor up and down, and without unit.
+
+use super::Envelope;
+use super::evidence::Match;
+use super::height::Point;
+
+/// Logged and replayed value of one step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Difference {
+    pub step: u64,
+    pub loss: f64,
+    /// NaN where the log has no gradient norm.
+    pub grad_norm: f64,
+}
+
+/// A departure is at least this factor beyond everything seen before it …
+const BEYOND: f64 = 10.0;
+/// … and beyond this, so that a drift that grows by small factors is none.
+const LEAST: f64 = 0.2;
+/// In ln of the loss: beyond it, two runs share no more than the order of magnitude.
+const BAND: f64 = 0.5;
+/// Drift of honest arithmetic over the steps since the start point: the floor of design 5.2 times this.
+const DRIFT: f64 = 30.0;
+
+/// |ln(a / b)|; 0 when both are NaN, both 0, or the same infinity; infinite when only one of them is a positive
+/// finite number.
+pub fn distance(a: f64, b: f64) -> f64 {
+    if a == b || (a.is_nan() && b.is_nan()) {
+        return 0.0;
+    }
+    let ratio = (a / b).ln().abs();
+    if ratio.is_nan() { f64::INFINITY } else { ratio }
+}
+
+/// Step by step; `replayed` and `logged` ascending. `rounded`: half a unit of the log's last decimal (0 unrounded).
+///
+/// A logged 0.0 stands for NaN when its gradient norm is not finite, and equals a window without labels.
+pub fn differences(replayed: &[Point], logged: &[Point], rounded: f64) -> Vec<Difference> {
+    let pair = |r: &Point| {
+        let l = logged.binary_search_by_key(&r.step, |l| l.step).ok().map(|i| logged[i])?;
+        let both_broken = (l.loss == 0.0 || !l.loss.is_finite()) && (r.unlabelled || !r.loss.is_finite());
+        let within_rounding = (r.loss - l.loss).abs() <= rounded;
+        let loss = if both_broken || within_rounding { 0.0 } else { distance(r.loss, l.loss) };
+        let grad_norm = match (l.grad_norm.is_nan() && !l.skipped, l.skipped && r.skipped) {
+            (true, _) => f64::NAN,
+            (_, true) => 0.0,
+            _ => distance(r.grad_norm, l.grad_norm),
+        };
+        Some(Difference { step: r.step, loss, grad_norm })
+    };
+    replayed.iter().filter_map(pair).collect()
+}
+
+/// How the steps before `spike` match.
+pub fn before(differences: &[Difference], spike: u64, floor: Envelope) -> Match {
+    let mut losses: Vec<f64> = differences.iter().filter(|d| d.step < spike).map(|d| d.loss).collect();
+    if losses.is_empty() {
+        return Match::Nothing;
+    }
+    losses.sort_by(f64::total_cmp);
+    let (middle, worst) = (losses[losses.len() / 2], losses[losses.len() - 1]);
+    if worst <= DRIFT * floor.loss {
+        Match::Close
+    } else if middle <= BAND {
+        Match::Band
+    } else {
+        Match::Off
+    }
+}
+
+/// The replay parts from the log at `spike`: loss or gradient norm differ there far more than ever before, while
+/// the steps before show only noise. `spread` is what perturbed replays differ by at that step (0: none made).
+pub fn departs_at(differences: &[Difference], spike: u64, spread: f64) -> bool {
+    let Some(at) = differences.iter().find(|d| d.step == spike) else { return false };
+    let earlier = || differences.iter().filter(|d| d.step < spike);
+    let noise = earlier().map(|d| d.loss).fold(0.0, f64::max);
+    let norm_noise = earlier().map(|d| d.grad_norm).filter(|n| !n.is_nan()).fold(0.0, f64::max);
+    let loss = at.loss > LEAST.max(BEYOND * noise).max(BEYOND * spread);
+    let norm = at.grad_norm > (5.0 * LEAST).max(BEYOND * norm_noise).max(BEYOND * spread);
+    loss || (norm && noise < LEAST)
+}
+
+/// First step whose difference is beyond `envelope` widened by the drift since the start.
+pub fn first_beyond(differences: &[Difference], envelope: Envelope) -> Option<u64> {
+    let beyond = |d: &&Difference| d.loss > DRIFT * envelope.loss || d.grad_norm > DRIFT * envelope.grad_norm;
+    differences.iter().find(beyond).map(|d| d.step)
+}
+
+/// From `step` on (a fresh start at a checkpoint) loss and log agree within the floor.
+pub fn matches(differences: &[Difference], floor: Envelope) -> bool {
+    !differences.is_empty() && differences.iter().all(|d| d.loss <= DRIFT * floor.loss)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BF16: Envelope = Envelope { loss: 1e-3, grad_norm: 1e-2 };
+
+    fn series(losses: &[f64]) -> Vec<Point> {
+        let point = |(i, &loss): (usize, &f64)| Point {
+            step: i as u64 + 1,
+            loss,
+            grad_norm: 1.0,
+            skipped: false,
+            unlabelled: false,
+        };
+        losses.iter().enumerate().map(point).collect()
+    }
+
+    #[test]
+    fn a_sudden_difference_after_equal_steps_is_a_departure() {
+        let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.9001, 0.8001, 5.0]), 0.0);
+        assert_eq!(before(&d, 4, BF16), Match::Close);
+        assert!(departs_at(&d, 4, 0.0));
+        assert_eq!(first_beyond(&d, BF16), Some(4));
+    }
+
+    #[test]
+    fn a_drift_that_grows_step_by_step_is_chaos_and_no_departure() {
+        let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.91, 0.9, 1.6]), 0.0);
+        assert!(!departs_at(&d, 4, 0.0));
+    }
+
+    #[test]
+    fn what_perturbed_replays_also_show_is_no_departure() {
+        let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.9, 0.8, 2.0]), 0.0);
+        assert!(departs_at(&d, 4, 0.0));
+        assert!(!departs_at(&d, 4, 0.3));
+    }
+
+    #[test]
+    fn nan_in_one_of_them_is_infinitely_far_and_in_both_is_equal() {
+        assert_eq!(distance(f64::NAN, 1.0), f64::INFINITY);
+        assert_eq!(distance(0.0, 1.0), f64::INFINITY);
+        assert_eq!(distance(f64::NAN, f64::NAN), 0.0);
+        assert_eq!(distance(f64::INFINITY, f64::NEG_INFINITY), f64::INFINITY);
+    }
+
+    #[test]
+    fn rounding_of_the_log_is_no_difference() {
+        let d = differences(&series(&[0.04904]), &series(&[0.049]), 5e-5);
+        assert_eq!(d[0].loss, 0.0);
+    }
+}
