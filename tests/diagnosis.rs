@@ -159,6 +159,7 @@ fn reproduced(trials: &[(Cause, f64)]) -> Evidence {
         },
         trials: trials.iter().map(trial).collect(),
         window_without_labels: false,
+        window_always_high: false,
         rows: Vec::new(),
         fault: None,
         harmful: true,
@@ -287,6 +288,15 @@ fn a_clipped_explosion_without_damage_is_nothing_to_fix() {
     assert_eq!((verdict.cause, verdict.harmful), (Cause::None, false));
     evidence.harmful = true;
     assert_eq!(judge(&evidence).cause, Cause::LearningRate);
+}
+
+#[test]
+fn a_batch_that_is_always_hard_and_did_no_harm_is_none_but_not_where_it_did_harm() {
+    let mut evidence = reproduced(&[(Cause::LearningRate, 0.0)]);
+    evidence.window_always_high = true;
+    assert_eq!(judge(&evidence).cause, Cause::LearningRate);
+    evidence.harmful = false;
+    assert_eq!(judge(&evidence).cause, Cause::None);
 }
 
 #[test]

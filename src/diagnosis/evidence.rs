@@ -20,6 +20,8 @@ pub struct Evidence {
     pub trials: Vec<Trial>,
     /// Labels in the spike's window are all masked.
     pub window_without_labels: bool,
+    /// The spike's window is as high in an earlier, sound state, and no single row makes it so.
+    pub window_always_high: bool,
     /// Rows to blame if [`Cause::Data`] or [`Cause::MaskedLabels`] is the verdict.
     pub rows: Vec<RowBlame>,
     /// A flipped bit, located or at least dated.

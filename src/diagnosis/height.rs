@@ -32,7 +32,13 @@ impl Point {
         let skipped = row.grad_norm.is_some_and(|norm| !norm.is_finite());
         Some(Self { step: row.step, loss: row.loss?, grad_norm, skipped, unlabelled: false })
     }
-    /// The unfiltered loss: a NaN stays one instead of 0.0.
+    /// What the log would show of it, the mean over the logging window included; but a NaN stays one.
+    pub fn comparable(record: &StepRecord) -> Self {
+        let own = Self::replayed(record);
+        let shown = if own.loss.is_finite() { record.loss_logged.unwrap_or(record.loss) } else { own.loss };
+        Self { loss: shown, ..own }
+    }
+    /// This step's own unfiltered loss: a NaN stays one instead of 0.0.
     pub fn replayed(record: &StepRecord) -> Self {
         let unlabelled = record.micro_batches.iter().all(|m| m.label_tokens == 0);
         let loss = if unlabelled { 0.0 } else { record.loss_raw };

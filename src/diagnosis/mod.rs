@@ -9,11 +9,18 @@
 mod bits;
 pub mod departure;
 pub mod detect;
+pub mod diagnose;
 pub mod evidence;
+mod fix;
+mod hardware;
 pub mod height;
+pub mod investigate;
+pub mod laboratory;
 pub mod number;
+pub mod plan;
 pub mod rows;
 pub mod shares;
+mod stall;
 mod summary;
 pub mod verdict;
 

@@ -46,3 +46,8 @@ pub mod optional {
         Ok(Option::<Number>::deserialize(deserializer)?.map(|number| number.0))
     }
 }
+
+/// The same as a JSON value.
+pub fn json(value: f64) -> serde_json::Value {
+    serialize(&value, serde_json::value::Serializer).unwrap_or_default()
+}

@@ -44,6 +44,10 @@ fn decide(evidence: &Evidence, sufficient: &[&Trial]) -> (Cause, Confidence) {
     if evidence.kind == SpikeKind::GradientExplosion && !evidence.harmful {
         return (Cause::None, Confidence::Strong);
     }
+    // Hard rows are not a fault: they were as hard before, and training went on undisturbed.
+    if evidence.window_always_high && !evidence.harmful {
+        return (Cause::None, Confidence::Moderate);
+    }
     match sufficient.first() {
         Some(first) => (first.cause, confidence(evidence, first)),
         None => (Cause::Undetermined, Confidence::Weak),

@@ -1,0 +1,308 @@
+//! The whole diagnosis: spikes of the log, the highest one in full, the others as far as the budget goes, the fix.
+
+use std::collections::BTreeMap;
+
+use super::detect::{self, Found};
+use super::height::{self, Point};
+use super::investigate::{Budget, Investigation, PAST, investigate};
+use super::laboratory::{Laboratory, Subject, step_of};
+use super::{Cause, CertificateSummary, Confidence, Diagnosis, Envelope, Finding, RowBlame, SCHEMA, SiteBlame, Spike};
+use super::{Experiment, Fix, SpikeKind, Verdict, departure, fix, shares, stall, verdict};
+use crate::error::Kind;
+use crate::replay::Start;
+use crate::{Error, Result};
+
+/// What the user asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Options {
+    /// `--spike`: the spike at or nearest to this step gets the top verdict.
+    pub spike: Option<u64>,
+    /// Optimizer steps that experiments may replay …
+    pub windows: u64,
+    /// … and seconds within which they may exceed it.
+    pub seconds: f64,
+    pub vocab_size: Option<usize>,
+}
+
+/// Spikes beyond the highest that are looked into.
+const OTHERS: usize = 6;
+/// Steps replayed for the certificate of a log without spikes.
+const CERTIFIED: u64 = 8;
+
+/// Diagnoses a run.
+///
+/// # Errors
+/// Ctrl-C. What cannot be replayed leaves the verdict open and says so in the findings.
+pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Options) -> Result<Diagnosis> {
+    let mut budget = Budget::new(options.windows, options.seconds);
+    let mut found = detect::spikes(&subject.rows, &subject.context(options.vocab_size));
+    rank(&mut found, options.spike);
+    if let (true, Some(step)) = (found.is_empty(), options.spike) {
+        found.extend(asked_for(subject, step));
+    }
+    let mut looked_into: Vec<(Found, Investigation)> = Vec::new();
+    for spike in found.iter().take(1 + OTHERS) {
+        looked_into.push((*spike, investigate(subject, lab, spike, &mut budget)?));
+    }
+    if looked_into.is_empty() {
+        return without_spike(subject, lab, &mut budget);
+    }
+    assemble(subject, lab, &found, looked_into, &mut budget)
+}
+
+/// Highest first, explosions of the gradient norm alone after everything that shows in the loss; the spike that was
+/// asked for before all.
+fn rank(found: &mut [Found], asked: Option<u64>) {
+    let gradient = |f: &Found| f.kind == SpikeKind::GradientExplosion;
+    found.sort_by(|a, b| gradient(a).cmp(&gradient(b)).then(b.height.total_cmp(&a.height)).then(a.step.cmp(&b.step)));
+    if let Some(step) = asked {
+        let away = |f: &Found| if step < f.step { f.step - step } else { step.saturating_sub(f.until) };
+        found.sort_by_key(away);
+    }
+}
+
+/// The user sees a spike where the detection sees none.
+fn asked_for(subject: &Subject<'_>, step: u64) -> Option<Found> {
+    let index = subject.rows.iter().position(|r| r.step >= step)?;
+    let row = &subject.rows[index];
+    let series = &subject.points;
+    let height = height::of(SpikeKind::Jump, series, &[], row.step..=row.step);
+    let recent = series.iter().rev().filter(|p| p.step < row.step).take(3).map(|p| p.loss);
+    Some(Found {
+        index,
+        step: row.step,
+        until: row.step,
+        kind: SpikeKind::Jump,
+        before: recent.reduce(f64::min),
+        at: row.loss.unwrap_or(f64::NAN),
+        height,
+    })
+}
+
+fn assemble(
+    subject: &Subject<'_>,
+    lab: &mut dyn Laboratory,
+    found: &[Found],
+    looked_into: Vec<(Found, Investigation)>,
+    budget: &mut Budget,
+) -> Result<Diagnosis> {
+    let mut spikes: Vec<Spike> = Vec::new();
+    let mut rows: Vec<RowBlame> = Vec::new();
+    let top = verdict::judge(&looked_into[0].1.evidence);
+    for (spike, investigation) in &looked_into {
+        let verdict = verdict::judge(&investigation.evidence);
+        if verdict.cause == top.cause && matches!(top.cause, Cause::Data | Cause::MaskedLabels) {
+            rows.extend(investigation.evidence.rows.iter().cloned());
+        }
+        spikes.push(spike_with(spike, verdict));
+    }
+    spikes.extend(found.iter().skip(looked_into.len()).map(|spike| spike_with(spike, not_looked_into(spike))));
+    spikes.sort_by_key(|s| s.step);
+    rows.sort();
+    rows.dedup_by(|a, b| a.dataset == b.dataset && a.row == b.row);
+
+    let Some((spike, mut first)) = looked_into.into_iter().next() else {
+        return Err(Error::internal("a diagnosis without a spike was assembled as one with"));
+    };
+    let mut top = top;
+    if !rows.is_empty() && rows.len() > first.evidence.rows.len() {
+        // The other spikes showed more rows of the same kind; the summary names them all.
+        first.evidence.rows.clone_from(&rows);
+        top = verdict::judge(&first.evidence);
+    }
+    let fix = match top.harmful || matches!(top.cause, Cause::Data) {
+        true => fix::prove(subject, lab, &spike, &first, top.cause, &rows)?,
+        false => None,
+    };
+    let certificate = certificate(subject, &first);
+    Ok(Diagnosis {
+        schema: SCHEMA.to_string(),
+        shares: shares_of(&first),
+        sites: sites(&first),
+        findings: findings(&first),
+        fault: first.evidence.fault.filter(|_| top.cause == Cause::Hardware),
+        experiments: first.experiments,
+        spikes,
+        verdict: top,
+        rows,
+        fix,
+        certificate,
+        windows_replayed: budget.used,
+    })
+}
+
+fn spike_with(found: &Found, verdict: Verdict) -> Spike {
+    Spike {
+        step: found.step,
+        until: found.until,
+        kind: found.kind,
+        before: found.before,
+        at: found.at,
+        height: found.height,
+        verdict,
+    }
+}
+
+fn not_looked_into(found: &Found) -> Verdict {
+    Verdict {
+        cause: Cause::Undetermined,
+        also_sufficient: Vec::new(),
+        confidence: Confidence::Weak,
+        harmful: found.until > found.step,
+        summary: format!("Not looked into; `--spike {}` does.", found.step),
+    }
+}
+
+/// No spike in the log: certify its end, and ask whether a half-precision adapter lost updates.
+fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Diagnosis> {
+    let mut diagnosis = Diagnosis {
+        schema: SCHEMA.to_string(),
+        spikes: Vec::new(),
+        verdict: Verdict {
+            cause: Cause::None,
+            also_sufficient: Vec::new(),
+            confidence: Confidence::Strong,
+            harmful: false,
+            summary: "The log shows no spike.".to_string(),
+        },
+        shares: BTreeMap::new(),
+        rows: Vec::new(),
+        sites: Vec::new(),
+        experiments: Vec::new(),
+        fix: None,
+        fault: None,
+        certificate: None,
+        findings: Vec::new(),
+        windows_replayed: 0,
+    };
+    match stall::look(subject, lab, budget) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Ok(Some(stall)) => {
+            diagnosis.verdict = stall.spike.verdict.clone();
+            diagnosis.spikes = vec![stall.spike];
+            diagnosis.experiments = stall.experiments;
+            diagnosis.fix = stall.fix;
+        }
+        Ok(None) | Err(_) => {}
+    }
+    let last = subject.last_step();
+    let start = subject.starts_before(last).into_iter().next().unwrap_or(Start::Initial);
+    match lab.replay(&start, (step_of(&start) + CERTIFIED).min(last), &[]) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Err(error) => {
+            diagnosis.verdict.confidence = Confidence::Moderate;
+            diagnosis.findings.push(not_replayed(&error));
+        }
+        Ok(trace) => {
+            let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
+            let differences = departure::differences(&points, &subject.points, subject.rounding());
+            diagnosis.certificate = Some(summary_of(subject, &differences, step_of(&start) + 1));
+        }
+    }
+    diagnosis.windows_replayed = budget.used;
+    Ok(diagnosis)
+}
+
+fn not_replayed(error: &Error) -> Finding {
+    Finding {
+        code: "not_replayed".into(),
+        severity: "warning".into(),
+        message: match &error.next {
+            Some(next) => format!("The run could not be replayed: {}. Try: {next}", error.what),
+            None => format!("The run could not be replayed: {}.", error.what),
+        },
+        place: error.place.clone().unwrap_or_default(),
+    }
+}
+
+fn findings(investigation: &Investigation) -> Vec<Finding> {
+    let mut all: Vec<Finding> = investigation.failure.iter().map(not_replayed).collect();
+    if investigation.evidence.baseline.before == super::evidence::Match::Off {
+        all.push(Finding {
+            code: "replay_mismatch".into(),
+            severity: "warning".into(),
+            message: "The replay differs from the log before the spike: model, data or versions are not the run's."
+                .into(),
+            place: investigation.differences.first().map_or_else(String::new, |d| format!("step {}", d.step)),
+        });
+    }
+    all
+}
+
+fn certificate(subject: &Subject<'_>, investigation: &Investigation) -> Option<CertificateSummary> {
+    let start = investigation.start.as_ref()?;
+    Some(summary_of(subject, &investigation.differences, step_of(start) + 1))
+}
+
+fn summary_of(subject: &Subject<'_>, differences: &[departure::Difference], from: u64) -> CertificateSummary {
+    let floor = subject.floor();
+    let departs_at = departure::first_beyond(differences, floor);
+    let before = || differences.iter().filter(|d| departs_at.is_none_or(|at| d.step < at));
+    let worst = |values: &mut dyn Iterator<Item = f64>| values.filter(|v| !v.is_nan()).fold(0.0, f64::max);
+    let verdict = match (differences.is_empty(), departs_at) {
+        (true, _) => "no_log",
+        (false, None) => "reproduced",
+        (false, Some(_)) => "departs",
+    };
+    CertificateSummary {
+        verdict: verdict.to_string(),
+        from,
+        to: differences.last().map_or(from, |d| d.step),
+        departs_at,
+        loss_max_rel: worst(&mut before().map(|d| d.loss)),
+        grad_norm_max_rel: worst(&mut before().map(|d| d.grad_norm)),
+        envelope: Envelope { loss: floor.loss, grad_norm: floor.grad_norm },
+    }
+}
+
+/// The part of the height that the best trial of each cause removes, divided by Shapley.
+fn shares_of(investigation: &Investigation) -> BTreeMap<String, f64> {
+    let reference = investigation.evidence.reference_height();
+    let mut removed: BTreeMap<Cause, f64> = BTreeMap::new();
+    for trial in &investigation.evidence.trials {
+        let part = 1.0 - trial.height / reference;
+        if part.is_finite() {
+            let best = removed.entry(trial.cause).or_insert(0.0);
+            *best = best.max(part);
+        }
+    }
+    shares::shapley(&removed, &BTreeMap::new())
+}
+
+/// What the step records themselves show of the mechanism.
+fn sites(investigation: &Investigation) -> Vec<SiteBlame> {
+    let step = investigation.evidence.step;
+    let Some(record) = investigation.baseline.iter().find(|r| r.step == step) else { return Vec::new() };
+    let mut all = Vec::new();
+    let total: f64 = record.micro_batches.iter().map(|m| m.grad_norm.powi(2)).sum();
+    for (index, micro) in record.micro_batches.iter().enumerate() {
+        let share = micro.grad_norm.powi(2) / total;
+        if micro.nonfinite > 0 || share > 0.5 && record.micro_batches.len() > 1 {
+            let measured = BTreeMap::from([
+                ("gradient_share".to_string(), crate::diagnosis::number::json(share)),
+                ("mean_loss".to_string(), crate::diagnosis::number::json(micro.mean_loss)),
+                ("nonfinite".to_string(), serde_json::json!(micro.nonfinite)),
+            ]);
+            let message = match micro.nonfinite {
+                0 => format!("carries {:.0} % of the window's squared gradient", 100.0 * share),
+                n => format!("{n} gradient elements are not finite"),
+            };
+            all.push(SiteBlame { site: format!("micro-batch {index}"), step, message, measured });
+        }
+    }
+    all
+}
+
+/// An experiment as the fix's proof.
+pub(super) fn proof(
+    experiment: &Experiment,
+    changes: BTreeMap<String, serde_json::Value>,
+    note: Option<String>,
+) -> Fix {
+    Fix { changes, height: experiment.height, checked_steps: experiment.curve.len() as u64, note }
+}
+
+/// Last step of a proof: three times the steps that belong to a spike (design acceptance: at most 3×).
+pub(super) fn proof_end(subject: &Subject<'_>, step: u64) -> u64 {
+    (step + 3 * PAST).min(subject.last_step())
+}

@@ -1,0 +1,114 @@
+//! The smallest change that removes the spike, replayed past it.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::detect::Found;
+use super::diagnose::{proof, proof_end};
+use super::height::{self, Point};
+use super::investigate::Investigation;
+use super::laboratory::{Laboratory, Subject};
+use super::{Cause, CurvePoint, Experiment, Fix, RowBlame};
+use crate::Result;
+use crate::error::Kind;
+use crate::replay::{Intervention, Start, Trace};
+
+/// Replays the cause's change past the spike; `None` where no setting of the run helps, or where the change does
+/// not hold over the following steps.
+///
+/// # Errors
+/// Only Ctrl-C.
+pub fn prove(
+    subject: &Subject<'_>,
+    lab: &mut dyn Laboratory,
+    found: &Found,
+    investigation: &Investigation,
+    cause: Cause,
+    rows: &[RowBlame],
+) -> Result<Option<Fix>> {
+    let Some((start, interventions, changes, note)) = change(subject, investigation, cause, rows) else {
+        return Ok(None);
+    };
+    let trace = match lab.replay(&start, proof_end(subject, found.step), &interventions) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Err(_) => return Ok(None),
+        Ok(trace) => trace,
+    };
+    let experiment = measured(subject, found, &trace);
+    let removed = experiment.height <= 0.5 * investigation.evidence.reference_height();
+    Ok(removed.then(|| proof(&experiment, changes, note)))
+}
+
+type Change = (Start, Vec<Intervention>, BTreeMap<String, Value>, Option<String>);
+
+/// What a user would set, and the interventions that replay it.
+fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, rows: &[RowBlame]) -> Option<Change> {
+    let near = investigation.start.clone()?;
+    if cause == Cause::Hardware {
+        let before = subject.starts_before(investigation.evidence.step).into_iter().next()?;
+        let Start::Checkpoint(step) = before else { return None };
+        let folder = subject.run.config.output_dir.join(format!("checkpoint-{step}"));
+        let changes = BTreeMap::from([("resume_from_checkpoint".to_string(), json!(folder))]);
+        let note = "The checkpoint was written before the fault; the replay from it is quiet.".to_string();
+        return Some((before, Vec::new(), changes, Some(note)));
+    }
+    let evidence = &investigation.evidence;
+    let sufficient =
+        evidence.trials.iter().zip(&investigation.proposals).rfind(|(t, _)| t.cause == cause && evidence.removes(t));
+    let (trial, proposal) = sufficient?;
+    let mut interventions = proposal.interventions.clone();
+    let mut changes = trial.changes.clone();
+    let mut note = None;
+    match cause {
+        Cause::Data => {
+            changes = BTreeMap::from([(
+                "remove_rows".to_string(),
+                json!(rows.iter().map(|r| format!("{}:{}", r.dataset, r.row)).collect::<Vec<_>>()),
+            )]);
+            note = Some("Removing rows changes the number of rows and so the whole order; the proof masks their labels instead.".to_string());
+        }
+        Cause::Fp16Overflow => {
+            changes = BTreeMap::from([("fp16".to_string(), json!(false)), ("bf16".to_string(), json!(true))]);
+        }
+        Cause::Schedule => {
+            if changes.contains_key("learning_rate") {
+                note = Some("A schedule without the jump is not one key of the YAML: start the continuation as a new run whose learning_rate is no higher than where the first one ended.".to_string());
+            }
+        }
+        Cause::OptimizerState => {
+            changes = BTreeMap::from([("save_only_model".to_string(), json!(false))]);
+            note = Some(
+                "Resume from a checkpoint with optimizer.pt and scheduler.pt, or replay the steps from an earlier one."
+                    .to_string(),
+            );
+        }
+        Cause::TrainerBookkeeping | Cause::MaskedLabels => return None,
+        _ => {}
+    }
+    // The trial began where it was sufficient; the shortest start that its experiment shows.
+    let first = investigation.experiments.iter().rfind(|e| e.cause == Some(cause) && e.removed)?.curve.first()?.step;
+    let start = if first == 1 { Start::Initial } else { near };
+    interventions.dedup();
+    Some((start, interventions, changes, note))
+}
+
+fn measured(subject: &Subject<'_>, found: &Found, trace: &Trace) -> Experiment {
+    let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
+    let first = points.first().map_or(0, |p| p.step);
+    let history: Vec<Point> = subject.points.iter().filter(|p| p.step < first).copied().collect();
+    let last = points.last().map_or(found.step, |p| p.step);
+    Experiment {
+        name: "fix".into(),
+        changes: BTreeMap::new(),
+        height: height::of(found.kind, &points, &history, found.step..=last),
+        removed: true,
+        cause: None,
+        windows: points.len() as u64,
+        curve: trace
+            .steps
+            .iter()
+            .map(|r| CurvePoint { step: r.step, loss: r.loss_raw, grad_norm: r.grad_norm })
+            .collect(),
+    }
+}

@@ -1,0 +1,99 @@
+//! The one door to replays, and what is known about the run before any.
+//!
+//! Everything that decides is on this side of [`Laboratory`]; a test puts a scripted one behind it.
+
+use super::detect;
+use super::height::Point;
+use crate::Result;
+use crate::batches::{Corpus, RowId};
+use crate::device::DType;
+use crate::model::PrecisionPlan;
+use crate::replay::{Intervention, Start, Trace};
+use crate::run::{AdapterWeights, LogRow, OptimizerFile, Run};
+
+/// Replays of one run.
+pub trait Laboratory {
+    /// Steps after `start` up to `to` (or the end of the run) under `changes`.
+    ///
+    /// # Errors
+    /// What cannot be replayed.
+    fn replay(&mut self, start: &Start, to: u64, changes: &[Intervention]) -> Result<Trace>;
+
+    /// Adapter and optimizer moments after step `at` of that replay.
+    ///
+    /// # Errors
+    /// What cannot be replayed.
+    fn state(&mut self, start: &Start, at: u64, changes: &[Intervention]) -> Result<(AdapterWeights, OptimizerFile)>;
+}
+
+/// A run with its log as one history.
+#[derive(Debug)]
+pub struct Subject<'a> {
+    pub run: &'a Run,
+    pub plan: PrecisionPlan,
+    /// Dataset names for [`RowId`]s; `None` when the rows could not be read.
+    pub corpus: Option<&'a Corpus>,
+    /// The rows that led to the final weights.
+    pub rows: Vec<LogRow>,
+    pub points: Vec<Point>,
+}
+
+impl<'a> Subject<'a> {
+    pub fn new(run: &'a Run, plan: PrecisionPlan, corpus: Option<&'a Corpus>) -> Self {
+        let rows = detect::effective(&run.log.rows);
+        let points = rows.iter().filter_map(Point::logged).collect();
+        Self { run, plan, corpus, rows, points }
+    }
+
+    pub fn context(&self, vocab_size: Option<usize>) -> detect::Context {
+        detect::Context {
+            loss_scaling: self.plan.loss_scaling,
+            rounds_loss: self.run.semantics.rounds_loss,
+            vocab_size,
+            accumulation: self.run.config.gradient_accumulation_steps,
+        }
+    }
+
+    /// Half a unit of the last decimal of a logged loss.
+    pub fn rounding(&self) -> f64 {
+        if self.run.semantics.rounds_loss { 5.1e-5 } else { 0.0 }
+    }
+
+    /// Floor of relative differences between honest replays (design 5.2).
+    pub fn floor(&self) -> super::Envelope {
+        let half = self.plan.linear() != DType::F32 || self.plan.base != DType::F32;
+        match half {
+            true => super::Envelope { loss: 1e-3, grad_norm: 1e-2 },
+            false => super::Envelope { loss: 1e-5, grad_norm: 1e-4 },
+        }
+    }
+
+    pub fn last_step(&self) -> u64 {
+        self.rows.last().map_or(0, |row| row.step)
+    }
+
+    /// Start points from which the steps before `step` can be replayed, nearest first; [`Start::Initial`] is last.
+    /// A checkpoint counts that holds the optimizer's state, or from which an attempt really went on without.
+    pub fn starts_before(&self, step: u64) -> Vec<Start> {
+        let usable = |c: &&crate::run::Checkpoint| {
+            let resumed = self.run.attempts.iter().any(|a| a.resumed_from == Some(c.step));
+            c.step + 1 <= step && ((c.has_optimizer && c.has_scheduler) || resumed)
+        };
+        let mut steps: Vec<u64> = self.run.checkpoints.iter().filter(usable).map(|c| c.step).collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        steps.into_iter().map(Start::Checkpoint).chain([Start::Initial]).collect()
+    }
+
+    pub fn dataset_name(&self, row: RowId) -> String {
+        let dataset = self.corpus.and_then(|c| c.datasets.get(usize::from(row.dataset)));
+        dataset.map_or_else(|| format!("dataset {}", row.dataset), |d| d.name.clone())
+    }
+}
+
+/// Step after which a start point's replay begins.
+pub fn step_of(start: &Start) -> u64 {
+    match start {
+        Start::Initial => 0,
+        Start::Checkpoint(step) => *step,
+    }
+}

@@ -1,0 +1,296 @@
+//! Which changes are worth a replay for one spike: a pure function of what the log and the baseline show.
+//!
+//! Each proposal changes one factor to its reference value. Learning rates are bisected elsewhere, because each
+//! replay there decides the next one.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::laboratory::Subject;
+use super::rows::Suspect;
+use super::{Cause, SpikeKind, rows};
+use crate::batches::RowId;
+use crate::device::DType;
+use crate::model::PrecisionPlan;
+use crate::replay::{Intervention, StepRecord};
+use crate::run::{LossRule, ResumeOrder, TrainerSemantics, WindowRule};
+
+/// Reference values (design 5.3): LLaMA-Factory's default clipping, and the accumulation of its own examples.
+const CLIPPING: f64 = 1.0;
+const ACCUMULATION: usize = 8;
+/// A learning rate that rises by this factor within a step after it had fallen is a jump.
+const JUMP: f64 = 2.0;
+/// Updates through which a jump of the learning rate can still be the cause of a spike.
+const AFTERMATH: u64 = 16;
+
+/// Where a proposal has to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// The nearest start point before the spike.
+    Near,
+    /// Any start point before this step.
+    Before(u64),
+    /// The beginning: the change alters how steps are counted.
+    Initial,
+}
+
+/// One counterfactual replay to make.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Proposal {
+    pub cause: Cause,
+    pub name: String,
+    pub changes: BTreeMap<String, Value>,
+    pub interventions: Vec<Intervention>,
+    pub from: From,
+}
+
+/// What is known about the spike before the trials.
+#[derive(Debug)]
+pub struct Situation<'a> {
+    pub step: u64,
+    pub kind: SpikeKind,
+    /// The unchanged replay around the spike.
+    pub baseline: &'a [StepRecord],
+    /// Micro-batches that stand out, and did so in an earlier state too.
+    pub suspects: &'a [Suspect],
+}
+
+/// Everything worth trying but the learning rate, most specific first.
+pub fn proposals(subject: &Subject<'_>, situation: &Situation<'_>) -> Vec<Proposal> {
+    let mut all = Vec::new();
+    all.extend(bookkeeping(subject, situation));
+    all.extend(masked_labels(situation));
+    all.extend(precision(subject));
+    all.extend(data(subject, situation));
+    all.extend(optimizer_state(subject, situation));
+    all.extend(schedule(subject, situation));
+    all.extend(clipping(subject));
+    all.extend(accumulation(subject));
+    all
+}
+
+fn proposal(
+    cause: Cause,
+    name: String,
+    key: &str,
+    value: Value,
+    interventions: Vec<Intervention>,
+    from: From,
+) -> Proposal {
+    Proposal { cause, name, changes: BTreeMap::from([(key.to_string(), value)]), interventions, from }
+}
+
+fn set(key: &str, value: Value) -> Intervention {
+    Intervention::Set { key: key.to_string(), value }
+}
+
+/// What the newest trainer would do with the same configuration.
+pub fn sound_semantics(semantics: TrainerSemantics) -> TrainerSemantics {
+    TrainerSemantics {
+        windows: WindowRule::Ceil,
+        loss: LossRule::TokenMean,
+        count_shifted: false,
+        resume_order: ResumeOrder::Right,
+        resume_restarts_count: false,
+        ..semantics
+    }
+}
+
+/// A leaked window, a loss that is a multiple, or an order that a resume got wrong.
+fn bookkeeping(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
+    let semantics = subject.run.semantics;
+    let leaked = |r: &&StepRecord| r.step.abs_diff(situation.step) <= 1 && r.micro_batches.iter().any(|m| m.leaked);
+    let leaks = situation.baseline.iter().any(|r| leaked(&r));
+    let undivided = situation.kind == SpikeKind::Level && semantics.loss == LossRule::MeanUndivided;
+    let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|from| {
+        let wrong = semantics.resume_order == ResumeOrder::EpochZero || semantics.resume_restarts_count;
+        wrong && situation.step > from && situation.step <= from + AFTERMATH
+    });
+    let name = if leaks {
+        "leave out the micro-batches leaked from the window before"
+    } else if undivided {
+        "divide the loss by the accumulation"
+    } else if resumed {
+        "resume in the right order"
+    } else {
+        return None;
+    };
+    let change = vec![Intervention::Semantics(sound_semantics(semantics))];
+    let from = if undivided { From::Initial } else { From::Near };
+    Some(proposal(Cause::TrainerBookkeeping, name.into(), "trainer", json!("as transformers 5.6"), change, from))
+}
+
+/// Bookkeepings that could have given a step which this run's trainer, as far as it is known, would not.
+pub fn other_trainers(subject: &Subject<'_>, baseline: &[StepRecord], step: u64) -> Vec<Proposal> {
+    let now = subject.run.semantics;
+    let epoch_of = |s: u64| baseline.iter().find(|r| r.step == s).map(|r| r.epoch);
+    let boundary = match (epoch_of(step.saturating_sub(1)), epoch_of(step)) {
+        (Some(before), Some(at)) => before.ceil() < at.ceil() || before.fract() == 0.0,
+        _ => false,
+    };
+    let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|k| step > k && step <= k + AFTERMATH);
+    let mut rows = Vec::new();
+    if boundary && now.windows == WindowRule::Ceil {
+        rows.push((
+            "a trainer that leaks the last window of an epoch",
+            TrainerSemantics { windows: WindowRule::FloorLeak, ..now },
+        ));
+    }
+    if resumed {
+        let other = match now.resume_order {
+            ResumeOrder::Right => ResumeOrder::EpochZero,
+            ResumeOrder::EpochZero => ResumeOrder::Right,
+        };
+        rows.push(("the other order after a resume", TrainerSemantics { resume_order: other, ..now }));
+        let counts = !now.resume_restarts_count;
+        rows.push(("the other count after a resume", TrainerSemantics { resume_restarts_count: counts, ..now }));
+    }
+    if step == 1 && now.loss != LossRule::MeanUndivided {
+        rows.push((
+            "a trainer that does not divide the loss",
+            TrainerSemantics { loss: LossRule::MeanUndivided, ..now },
+        ));
+    }
+    let make = |(name, semantics): (&str, TrainerSemantics)| {
+        let change = vec![Intervention::Semantics(semantics)];
+        proposal(Cause::TrainerBookkeeping, name.into(), "trainer", json!(name), change, From::Near)
+    };
+    rows.into_iter().map(make).collect()
+}
+
+/// A window without labels: the neighbouring window in its place.
+fn masked_labels(situation: &Situation<'_>) -> Option<Proposal> {
+    let record = situation.baseline.iter().find(|r| r.step == situation.step)?;
+    if record.micro_batches.iter().any(|m| m.label_tokens > 0) {
+        return None;
+    }
+    let with = if situation.step > 1 { situation.step - 1 } else { situation.step + 1 };
+    let change = vec![Intervention::SwapWindow { step: situation.step, with }];
+    let name = format!("the window of step {with} in place of that of step {}", situation.step);
+    Some(proposal(Cause::MaskedLabels, name, "window", json!(with), change, From::Near))
+}
+
+fn precision(subject: &Subject<'_>) -> Vec<Proposal> {
+    let plan = subject.plan;
+    let mut all = Vec::new();
+    if plan.autocast == Some(DType::F16) || plan.base == DType::F16 {
+        let half = |dtype| if dtype == DType::F16 { DType::BF16 } else { dtype };
+        let bf16 =
+            PrecisionPlan { base: half(plan.base), autocast: plan.autocast.map(half), loss_scaling: false, ..plan };
+        let change = vec![Intervention::Precision(bf16)];
+        all.push(proposal(Cause::Fp16Overflow, "bf16 instead of fp16".into(), "bf16", json!(true), change, From::Near));
+    }
+    if plan.adapter != DType::F32 {
+        let change = vec![Intervention::Precision(PrecisionPlan { adapter: DType::F32, ..plan })];
+        all.push(proposal(
+            Cause::Bf16Rounding,
+            "keep the adapter in fp32".into(),
+            "pure_bf16",
+            json!(false),
+            change,
+            From::Initial,
+        ));
+    }
+    all
+}
+
+fn data(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
+    let rows = rows::rows_of(situation.suspects);
+    if rows.is_empty() {
+        return None;
+    }
+    let written: Vec<String> = rows.iter().map(|r| format!("{}:{}", subject.dataset_name(*r), r.row)).collect();
+    let name = format!("mask the labels of {}", written.join(", "));
+    Some(neutralise(name, written, rows))
+}
+
+fn neutralise(name: String, written: Vec<String>, rows: Vec<RowId>) -> Proposal {
+    let change = vec![Intervention::NeutraliseRows(rows)];
+    proposal(Cause::Data, name, "neutralise_rows", json!(written), change, From::Near)
+}
+
+/// The resume before the spike found no optimizer state: go on as if it had.
+fn optimizer_state(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
+    let lost = lost_optimizer(subject, situation.step)?;
+    let name = format!("keep the optimizer state through the resume at step {lost}");
+    Some(proposal(
+        Cause::OptimizerState,
+        name,
+        "optimizer_state",
+        json!("kept"),
+        vec![Intervention::KeepOptimizer],
+        From::Before(lost),
+    ))
+}
+
+/// Step of the last resume before `step` whose checkpoint lacks the optimizer's or the scheduler's state.
+pub fn lost_optimizer(subject: &Subject<'_>, step: u64) -> Option<u64> {
+    let resumes = subject.run.attempts.iter().filter_map(|a| a.resumed_from).filter(|from| *from < step);
+    let last = resumes.max()?;
+    let checkpoint = subject.run.checkpoints.iter().find(|c| c.step == last)?;
+    (!(checkpoint.has_optimizer && checkpoint.has_scheduler)).then_some(last)
+}
+
+/// Step of the last upward jump of the learning rate before `step`, and the rate before it.
+pub fn schedule_jump(baseline: &[StepRecord], logged: &[(u64, f64)], step: u64) -> Option<(u64, f64)> {
+    // The replayed rate is the one the update used; the log fills in what lies before the start point.
+    let first = baseline.first().map_or(u64::MAX, |r| r.step);
+    let before = logged.iter().copied().filter(|(s, _)| *s < first);
+    let rates: Vec<(u64, f64)> = before.chain(baseline.iter().map(|r| (r.step, r.learning_rate))).collect();
+    let mut jump = None;
+    let mut highest: f64 = 0.0;
+    for pair in rates.windows(2) {
+        let ((_, old), (at, new)) = (pair[0], pair[1]);
+        // Rising from where it had already been: a warm-up rises to where it has never been.
+        if new > JUMP * old && old < 0.5 * highest && at < step && at + AFTERMATH >= step {
+            jump = Some((at, old));
+        }
+        highest = highest.max(old);
+    }
+    jump
+}
+
+fn schedule(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
+    let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
+    let (at, before) = schedule_jump(situation.baseline, &logged, situation.step)?;
+    let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|from| at > from && at <= from + 2);
+    if !resumed && subject.run.config.lr_scheduler_type.contains("restarts") {
+        let change = vec![set("lr_scheduler_type", json!("cosine"))];
+        let name = "one cosine without restarts".to_string();
+        return Some(proposal(Cause::Schedule, name, "lr_scheduler_type", json!("cosine"), change, From::Initial));
+    }
+    let change = vec![Intervention::HoldLearningRate { from_step: at, value: before }];
+    let name = format!("hold the learning rate at {before:.3e} from step {at} on");
+    Some(proposal(Cause::Schedule, name, "learning_rate", json!(before), change, From::Near))
+}
+
+fn clipping(subject: &Subject<'_>) -> Option<Proposal> {
+    let now = subject.run.config.max_grad_norm;
+    if now > 0.0 && now <= CLIPPING {
+        return None;
+    }
+    let change = vec![set("max_grad_norm", json!(CLIPPING))];
+    let name = format!("max_grad_norm {CLIPPING} instead of {now}");
+    Some(proposal(Cause::GradientClipping, name, "max_grad_norm", json!(CLIPPING), change, From::Near))
+}
+
+/// As many updates, each of [`ACCUMULATION`] micro-batches.
+fn accumulation(subject: &Subject<'_>) -> Option<Proposal> {
+    let now = subject.run.config.gradient_accumulation_steps;
+    if now * subject.run.config.world_size.max(1) >= ACCUMULATION {
+        return None;
+    }
+    let key = "gradient_accumulation_steps";
+    let change = vec![set(key, json!(ACCUMULATION))];
+    let name = format!("{key} {ACCUMULATION} instead of {now}");
+    Some(proposal(Cause::GradientAccumulation, name, key, json!(ACCUMULATION), change, From::Initial))
+}
+
+/// The learning rate multiplied by `factor`.
+pub fn scaled_learning_rate(subject: &Subject<'_>, factor: f64, from: From) -> Proposal {
+    let rate = subject.run.config.learning_rate * factor;
+    let name = format!("learning_rate {rate:.2e} instead of {:.2e}", subject.run.config.learning_rate);
+    let change = vec![Intervention::ScaleLearningRate(factor)];
+    proposal(Cause::LearningRate, name, "learning_rate", json!(rate), change, from)
+}
