@@ -4,6 +4,7 @@
 //! [`Command`] and its arm in [`run`].
 
 mod common;
+mod diagnose;
 mod inspect;
 mod replay;
 mod sweep;
@@ -30,6 +31,7 @@ pub enum Command {
     Replay(replay::Args),
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
     Sweep(sweep::Args),
+    Diagnose(diagnose::Args),
 }
 
 /// Runs what was typed.
@@ -42,5 +44,6 @@ pub fn run(options: &Options) -> Result<()> {
         Command::Inspect(args) => inspect::run(args, common),
         Command::Replay(args) => replay::run(args, common),
         Command::Sweep(args) => sweep::run(args, common),
+        Command::Diagnose(args) => diagnose::run(args, common),
     }
 }

@@ -85,8 +85,8 @@ impl Search<'_, '_> {
         if recorded.modules.iter().all(|m| m.b.iter().all(|x| !x.is_finite())) {
             return Ok(transient(step, "NaN has spread to the whole adapter, so no element can be told from another"));
         }
-        let replayed = self.lab.state(self.near, checkpoint.step, &[])?.0;
-        let before = self.lab.state(self.near, step - 1, &[])?.0;
+        let replayed = self.lab.adapter(self.near, checkpoint.step, &[])?;
+        let before = self.lab.adapter(self.near, step - 1, &[])?;
         let elements = far_elements(&recorded, &replayed);
         for element in &elements {
             if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, &before)? {

@@ -4,12 +4,15 @@
 
 use super::detect;
 use super::height::Point;
-use crate::Result;
 use crate::batches::{Corpus, RowId};
 use crate::device::DType;
+use crate::device::Device;
 use crate::model::PrecisionPlan;
 use crate::replay::{Intervention, Start, Trace};
-use crate::run::{AdapterWeights, LogRow, OptimizerFile, Run};
+use crate::replay::{Observer, Replayer, Silent};
+use crate::run::{AdapterWeights, LogRow, Run};
+use crate::step::TrainState;
+use crate::{Error, Result};
 
 /// Replays of one run.
 pub trait Laboratory {
@@ -19,11 +22,50 @@ pub trait Laboratory {
     /// What cannot be replayed.
     fn replay(&mut self, start: &Start, to: u64, changes: &[Intervention]) -> Result<Trace>;
 
-    /// Adapter and optimizer moments after step `at` of that replay.
+    /// The adapter after step `at` of that replay; at the start point itself if that is `at`.
     ///
     /// # Errors
     /// What cannot be replayed.
-    fn state(&mut self, start: &Start, at: u64, changes: &[Intervention]) -> Result<(AdapterWeights, OptimizerFile)>;
+    fn adapter(&mut self, start: &Start, at: u64, changes: &[Intervention]) -> Result<AdapterWeights>;
+}
+
+/// The real one.
+pub struct ReplayLaboratory<'a> {
+    pub replayer: &'a Replayer,
+}
+
+impl Laboratory for ReplayLaboratory<'_> {
+    fn replay(&mut self, start: &Start, to: u64, changes: &[Intervention]) -> Result<Trace> {
+        let end = self.replayer.scene_for(changes)?.last_step();
+        self.replayer.replay(start, to.min(end), changes, &mut Silent)
+    }
+
+    fn adapter(&mut self, start: &Start, at: u64, changes: &[Intervention]) -> Result<AdapterWeights> {
+        if let Start::Checkpoint(step) = start
+            && *step == at
+        {
+            return self.replayer.run().checkpoint(at)?.adapter();
+        }
+        let mut keeper = Keeper { at, adapter: None };
+        self.replayer.replay(start, at, changes, &mut keeper)?;
+        keeper.adapter.ok_or_else(|| Error::internal(format!("the replay to step {at} gave no state")))
+    }
+}
+
+/// Keeps the adapter of one step.
+struct Keeper {
+    at: u64,
+    adapter: Option<AdapterWeights>,
+}
+
+impl Observer for Keeper {
+    fn wants_state(&mut self, step: u64) -> bool {
+        step == self.at
+    }
+    fn state(&mut self, device: &dyn Device, state: &TrainState) -> Result<()> {
+        self.adapter = Some(state.adapter.weights(device)?);
+        Ok(())
+    }
 }
 
 /// A run with its log as one history.
