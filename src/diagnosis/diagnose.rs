@@ -41,8 +41,19 @@ pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Optio
         found.extend(asked_for(subject, step));
     }
     let mut looked_into: Vec<(Found, Investigation)> = Vec::new();
+    let mut top = None;
     for spike in found.iter().take(1 + OTHERS) {
-        looked_into.push((*spike, investigate(subject, lab, spike, &mut budget)?));
+        let investigation = investigate(subject, lab, spike, top, &mut budget)?;
+        if top.is_none() {
+            let cause = verdict::judge(&investigation.evidence).cause;
+            looked_into.push((*spike, investigation));
+            if matches!(cause, Cause::None | Cause::Undetermined | Cause::Hardware) {
+                break;
+            }
+            top = Some(cause);
+        } else {
+            looked_into.push((*spike, investigation));
+        }
     }
     if looked_into.is_empty() {
         return without_spike(subject, lab, &mut budget);

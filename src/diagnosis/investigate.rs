@@ -20,8 +20,12 @@ pub const PAST: u64 = 4;
 const EARLY: u64 = 2;
 /// Further steps when the unchanged replay does not show it where the log has it.
 const LATE: u64 = 8;
-/// Smallest factor on the learning rate that is tried.
-const LEAST_RATE: f64 = 1.0 / 64.0;
+/// Factors on the learning rate that decide whether it is a cause at all: one replay usually does.
+const RATES: [f64; 2] = [0.1, 0.02];
+/// Halvings (in ln) of the interval between the stable and the unstable factor.
+const REFINEMENTS: usize = 3;
+/// Trials that a spike may cost whatever the budget says.
+const TRIALS: u64 = 3;
 const PERTURBED: u64 = 2;
 /// |ln| within which another trainer's bookkeeping gives the logged loss.
 const SAME: f64 = 0.02;
@@ -64,6 +68,7 @@ struct Bench<'a, 'r> {
     lab: &'a mut dyn Laboratory,
     budget: &'a mut Budget,
     found: Found,
+    only: Option<Cause>,
     starts: Vec<Start>,
     near: Start,
     /// First step whose loss went into the spike's log row.
@@ -72,7 +77,8 @@ struct Bench<'a, 'r> {
     out: Investigation,
 }
 
-/// Everything that can be known about one spike.
+/// Everything that can be known about one spike. `only`: the cause of a higher spike of the same run; nothing else
+/// is tried then.
 ///
 /// # Errors
 /// Only Ctrl-C; what cannot be replayed becomes evidence of that.
@@ -80,16 +86,19 @@ pub fn investigate(
     subject: &Subject<'_>,
     lab: &mut dyn Laboratory,
     found: &Found,
+    only: Option<Cause>,
     budget: &mut Budget,
 ) -> Result<Investigation> {
     let window = subject.rows.get(found.index).map_or(1, |row| row.window.max(1));
     let onset = (found.step + 1).saturating_sub(window).max(1);
     let starts = subject.starts_before(onset);
-    // Two steps to compare before the spike, where there are any.
-    let near = starts.iter().find(|s| step_of(s) + 3 <= onset).or(starts.last()).cloned().unwrap_or(Start::Initial);
+    // The nearest state from which one step before the spike can still be compared: every further step adds chaos.
+    let near = starts.iter().find(|s| step_of(s) + 2 <= onset).or(starts.last()).cloned().unwrap_or(Start::Initial);
     let to = (found.step + PAST).min(subject.last_step().max(found.step));
     let out = empty(subject, found);
-    let mut bench = Bench { subject, lab, budget, found: *found, starts, near, onset, to, out };
+    // Far from any checkpoint one trial alone may exceed the budget; a verdict needs a few.
+    budget.limit = budget.limit.max(budget.used + TRIALS * (to - step_of(&near)));
+    let mut bench = Bench { subject, lab, budget, found: *found, only, starts, near, onset, to, out };
     match bench.run() {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => bench.out.failure = Some(error),
@@ -137,26 +146,29 @@ fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
 impl Bench<'_, '_> {
     fn run(&mut self) -> Result<()> {
         self.baseline()?;
-        if self.out.evidence.kind == SpikeKind::GradientExplosion
-            && !self.out.evidence.harmful
-            && self.out.evidence.reproduced()
-        {
+        let evidence = &self.out.evidence;
+        let (reproduced, level) = (evidence.reproduced(), self.found.kind == SpikeKind::Level);
+        if self.found.kind == SpikeKind::GradientExplosion && !evidence.harmful && reproduced {
             return Ok(());
         }
-        if !self.out.evidence.reproduced() {
-            self.perturbed()?;
-            self.departure()?;
+        if !reproduced {
+            self.absent()?;
         }
-        let suspects = self.suspects()?;
+        let suspects = if level { Vec::new() } else { self.suspects()? };
         self.blame(&suspects);
         if suspects.is_empty() && self.out.evidence.reproduced() {
             self.out.evidence.window_always_high = self.always_high()?;
         }
         self.trials(&suspects)?;
-        if self.out.evidence.reproduced() {
+        let decided = level || self.out.evidence.window_without_labels;
+        if self.out.evidence.reproduced() && !decided && self.wants(Cause::LearningRate) {
             self.learning_rates()?;
         }
         Ok(())
+    }
+
+    fn wants(&self, cause: Cause) -> bool {
+        self.only.is_none_or(|only| only == cause)
     }
 
     fn range(&self) -> RangeInclusive<u64> {
@@ -211,51 +223,48 @@ impl Bench<'_, '_> {
         Ok(())
     }
 
-    /// Replays with half an ulp of noise: does rounding decide whether the spike comes?
-    fn perturbed(&mut self) -> Result<()> {
-        for seed in 0..PERTURBED {
-            let to = (self.to + LATE).min(self.subject.last_step());
-            let trace = self.lab.replay(&self.near, to, &[Intervention::Perturb { seed }])?;
-            let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
-            let range = self.found.step.saturating_sub(LATE).max(1)..=to;
-            let height = height::of(self.found.kind, &points, &self.history(), range);
-            self.budget.used += trace.steps.len() as u64;
-            let baseline = &mut self.out.evidence.baseline;
-            baseline.perturbed += 1;
-            baseline.perturbed_with_spike += usize::from(height >= 0.5 * self.found.height);
-            self.record(
-                &format!("perturbed, seed {seed}"),
-                None,
-                &Default::default(),
-                height,
-                trace.steps.len() as u64,
-                &trace,
-            );
-        }
-        Ok(())
-    }
-
     /// The log spikes and the replay does not: does it part right there, and what does the next checkpoint say?
-    fn departure(&mut self) -> Result<()> {
+    fn absent(&mut self) -> Result<()> {
         let step = self.found.step;
-        let at = |steps: &[CurvePoint]| steps.iter().find(|p| p.step == step).map(|p| p.loss);
-        let unchanged = self.out.experiments.first().and_then(|e| at(&e.curve));
-        let perturbed = self.out.experiments.iter().skip(1).filter_map(|e| at(&e.curve));
-        let spread = unchanged.map_or(0.0, |u| perturbed.map(|p| departure::distance(p, u)).fold(0.0, f64::max));
-        self.out.evidence.baseline.departs_at_spike = departure::departs_at(&self.out.differences, step, spread);
         if self.found.kind == SpikeKind::Level {
             self.other_trainers()?;
             return Ok(());
         }
-        if !self.out.evidence.baseline.departs_at_spike || self.out.evidence.baseline.before != Match::Close {
-            return Ok(());
-        }
-        if self.other_trainers()? {
+        let sudden = departure::departs_at(&self.out.differences, step, 0.0);
+        let spread = self.perturbed(if sudden { self.to } else { self.to + LATE })?;
+        let baseline = &mut self.out.evidence.baseline;
+        baseline.departs_at_spike = departure::departs_at(&self.out.differences, step, spread);
+        if !baseline.departs_at_spike || baseline.before != Match::Close || self.other_trainers()? {
             return Ok(());
         }
         self.out.evidence.baseline.matches_after = self.matches_after()?;
-        self.out.evidence.fault = Some(hardware::locate(self.subject, self.lab, &self.near, step, self.budget)?);
+        if self.out.evidence.baseline.perturbed_with_spike == 0 {
+            self.out.evidence.fault = Some(hardware::locate(self.subject, self.lab, &self.near, step, self.budget)?);
+        }
         Ok(())
+    }
+
+    /// Replays with half an ulp of noise: does rounding decide whether the spike comes? Returns how far they part
+    /// from the unchanged replay at the spike's step.
+    fn perturbed(&mut self, to: u64) -> Result<f64> {
+        let (step, to) = (self.found.step, to.min(self.subject.last_step()));
+        let at = |steps: &[StepRecord]| steps.iter().find(|r| r.step == step).map_or(f64::NAN, |r| r.loss_raw);
+        let unchanged = at(&self.out.baseline);
+        let mut spread: f64 = 0.0;
+        for seed in 0..PERTURBED {
+            let trace = self.lab.replay(&self.near, to, &[Intervention::Perturb { seed }])?;
+            let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
+            let early = self.onset.saturating_sub(EARLY).max(1);
+            let height = height::of(self.found.kind, &points, &self.history(), early..=to);
+            let windows = trace.steps.len() as u64;
+            self.budget.used += windows;
+            let baseline = &mut self.out.evidence.baseline;
+            baseline.perturbed += 1;
+            baseline.perturbed_with_spike += usize::from(height >= 0.5 * self.found.height);
+            spread = spread.max(departure::distance(at(&trace.steps), unchanged));
+            self.record(&format!("perturbed, seed {seed}"), None, &Default::default(), height, windows, &trace);
+        }
+        Ok(spread)
     }
 
     /// Whether a replay from the first checkpoint after the spike follows the log.
@@ -388,8 +397,21 @@ impl Bench<'_, '_> {
     fn trials(&mut self, suspects: &[Suspect]) -> Result<()> {
         let baseline = self.out.baseline.clone();
         let situation = Situation { step: self.found.step, kind: self.found.kind, baseline: &baseline, suspects };
-        for proposal in plan::proposals(self.subject, &situation) {
-            self.try_out(&proposal)?;
+        let mut proposals = plan::proposals(self.subject, &situation);
+        if self.out.evidence.window_without_labels {
+            proposals.retain(|p| p.cause == Cause::MaskedLabels);
+        }
+        if self.found.kind == SpikeKind::Level {
+            proposals.retain(|p| p.cause == Cause::TrainerBookkeeping);
+        }
+        proposals.retain(|p| self.wants(p.cause));
+        for proposal in &proposals {
+            // A restart of the schedule: the run without it from the beginning, else the rate held from there on.
+            let far = proposal.from == From::Initial && !self.budget.allows(self.to);
+            match plan::held(self.subject, &situation).filter(|_| far && proposal.cause == Cause::Schedule) {
+                Some(held) => self.try_out(&held)?,
+                None => self.try_out(proposal)?,
+            };
         }
         Ok(())
     }
@@ -427,6 +449,7 @@ impl Bench<'_, '_> {
                 Ok(trace) => trace,
             };
             let height = self.height(&trace);
+            let windows = self.own_windows(&start, &trace);
             self.budget.used += windows;
             best = height;
             let removed = self.push_trial(proposal, height, windows, &trace);
@@ -453,24 +476,37 @@ impl Bench<'_, '_> {
         removed
     }
 
-    /// Bisects the largest factor on the learning rate that removes the spike.
+    /// Steps of a trial that the baseline had not replayed already: all from the first that differs.
+    fn own_windows(&self, start: &Start, trace: &Trace) -> u64 {
+        let shared = if *start == self.near {
+            trace.steps.iter().zip(&self.out.baseline).take_while(|(own, base)| own == base).count()
+        } else {
+            0
+        };
+        (trace.steps.len() - shared) as u64
+    }
+
+    /// Whether a learning rate far below removes the spike, then the largest that does, as far as the budget goes.
     fn learning_rates(&mut self) -> Result<()> {
-        let limit = 0.5 * self.out.evidence.reference_height();
-        let (mut unstable, mut stable, mut factor) = (1.0, None, 0.5);
-        while factor >= LEAST_RATE {
+        // Stable is more than half removed: a loss that still doubles is not.
+        let limit = f64::ln(2.0).min(0.5 * self.out.evidence.reference_height());
+        let (mut unstable, mut stable) = (1.0, None);
+        for factor in RATES {
             let proposal = plan::scaled_learning_rate(self.subject, factor, From::Near);
             if self.try_out(&proposal)? <= limit {
                 stable = Some(factor);
                 break;
             }
             unstable = factor;
-            factor *= 0.4;
         }
-        if let Some(low) = stable {
+        let Some(mut low) = stable else { return Ok(()) };
+        for _ in 0..REFINEMENTS {
             let middle = f64::sqrt(low * unstable);
-            if self.budget.allows(self.to - step_of(&self.near)) {
-                self.try_out(&plan::scaled_learning_rate(self.subject, middle, From::Near))?;
+            if self.only.is_some() || !self.budget.allows(self.to - step_of(&self.near)) {
+                break;
             }
+            let proposal = plan::scaled_learning_rate(self.subject, middle, From::Near);
+            if self.try_out(&proposal)? <= limit { low = middle } else { unstable = middle }
         }
         Ok(())
     }

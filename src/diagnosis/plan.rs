@@ -253,13 +253,20 @@ pub fn schedule_jump(baseline: &[StepRecord], logged: &[(u64, f64)], step: u64) 
 
 fn schedule(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
     let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
-    let (at, before) = schedule_jump(situation.baseline, &logged, situation.step)?;
+    let (at, _) = schedule_jump(situation.baseline, &logged, situation.step)?;
     let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|from| at > from && at <= from + 2);
     if !resumed && subject.run.config.lr_scheduler_type.contains("restarts") {
         let change = vec![set("lr_scheduler_type", json!("cosine"))];
         let name = "one cosine without restarts".to_string();
         return Some(proposal(Cause::Schedule, name, "lr_scheduler_type", json!("cosine"), change, From::Initial));
     }
+    held(subject, situation)
+}
+
+/// The learning rate held at what it was before its last jump.
+pub fn held(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
+    let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
+    let (at, before) = schedule_jump(situation.baseline, &logged, situation.step)?;
     let change = vec![Intervention::HoldLearningRate { from_step: at, value: before }];
     let name = format!("hold the learning rate at {before:.3e} from step {at} on");
     Some(proposal(Cause::Schedule, name, "learning_rate", json!(before), change, From::Near))

@@ -16,7 +16,9 @@ pub fn judge(evidence: &Evidence) -> Verdict {
     if matches!(cause, Cause::Hardware | Cause::None) {
         also.clear();
     }
-    let harmful = evidence.harmful && cause != Cause::None;
+    // Bad rows are learned and a flipped bit stays, even where the loss comes back at once.
+    let stays = matches!(cause, Cause::Data | Cause::Hardware);
+    let harmful = cause != Cause::None && (evidence.harmful || stays);
     let summary = super::summary::of(evidence, cause, confidence);
     Verdict { cause, also_sufficient: also, confidence, harmful, summary }
 }
