@@ -21,6 +21,11 @@ const BEYOND: f64 = 10.0;
 const LEAST: f64 = 0.2;
 /// In ln of the loss: beyond it, two runs share no more than the order of magnitude.
 const BAND: f64 = 0.5;
+/// In ln of the gradient norm, over the last steps before the spike: beyond it the run is already parting. Norms
+/// part before losses do where a run sits on the edge of stability.
+const NORM_BAND: f64 = 0.35;
+/// Steps before the spike whose norms have to agree.
+const LAST: usize = 2;
 /// Drift of honest arithmetic over the steps since the start point: the floor of design 5.2 times this.
 const DRIFT: f64 = 30.0;
 
@@ -61,7 +66,9 @@ pub fn before(differences: &[Difference], spike: u64, floor: Envelope) -> Match 
     }
     losses.sort_by(f64::total_cmp);
     let (middle, worst) = (losses[losses.len() / 2], losses[losses.len() - 1]);
-    if worst <= DRIFT * floor.loss {
+    let last = differences.iter().rev().filter(|d| d.step < spike && !d.grad_norm.is_nan()).take(LAST);
+    let norms = last.map(|d| d.grad_norm).fold(0.0, f64::max);
+    if worst <= DRIFT * floor.loss && norms <= NORM_BAND {
         Match::Close
     } else if middle <= BAND {
         Match::Band
@@ -70,16 +77,18 @@ pub fn before(differences: &[Difference], spike: u64, floor: Envelope) -> Match 
     }
 }
 
-/// The replay parts from the log at `spike`: loss or gradient norm differ there far more than ever before, while
-/// the steps before show only noise. `spread` is what perturbed replays differ by at that step (0: none made).
-pub fn departs_at(differences: &[Difference], spike: u64, spread: f64) -> bool {
+/// The replay parts from the log at `spike`: loss or gradient norm differ there far more than ever before and than
+/// perturbed replays differ at that step (`spread`; 0: none made), while the steps before show only noise.
+pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> bool {
     let Some(at) = differences.iter().find(|d| d.step == spike) else { return false };
     let earlier = || differences.iter().filter(|d| d.step < spike);
     let noise = earlier().map(|d| d.loss).fold(0.0, f64::max);
     let norm_noise = earlier().map(|d| d.grad_norm).filter(|n| !n.is_nan()).fold(0.0, f64::max);
-    let loss = at.loss > LEAST.max(BEYOND * noise).max(BEYOND * spread);
-    let norm = at.grad_norm > (5.0 * LEAST).max(BEYOND * norm_noise).max(BEYOND * spread);
-    loss || (norm && noise < LEAST)
+    let loss = at.loss > LEAST.max(BEYOND * noise).max(BEYOND * spread.loss);
+    let norm = at.grad_norm > (5.0 * LEAST).max(BEYOND * norm_noise).max(BEYOND * spread.grad_norm);
+    // Where perturbed norms scatter as far as the log's lies, its loss is one more draw from the same chaos.
+    let chaotic = at.grad_norm <= 3.0 * spread.grad_norm;
+    (loss && !chaotic) || (norm && noise < LEAST)
 }
 
 /// First step whose difference is beyond `envelope` widened by the drift since the start.
@@ -99,6 +108,8 @@ mod tests {
 
     const BF16: Envelope = Envelope { loss: 1e-3, grad_norm: 1e-2 };
 
+    const NONE: Envelope = Envelope { loss: 0.0, grad_norm: 0.0 };
+
     fn series(losses: &[f64]) -> Vec<Point> {
         let point = |(i, &loss): (usize, &f64)| Point {
             step: i as u64 + 1,
@@ -114,21 +125,38 @@ mod tests {
     fn a_sudden_difference_after_equal_steps_is_a_departure() {
         let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.9001, 0.8001, 5.0]), 0.0);
         assert_eq!(before(&d, 4, BF16), Match::Close);
-        assert!(departs_at(&d, 4, 0.0));
+        assert!(departs_at(&d, 4, NONE));
         assert_eq!(first_beyond(&d, BF16), Some(4));
     }
 
     #[test]
     fn a_drift_that_grows_step_by_step_is_chaos_and_no_departure() {
         let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.91, 0.9, 1.6]), 0.0);
-        assert!(!departs_at(&d, 4, 0.0));
+        assert!(!departs_at(&d, 4, NONE));
     }
 
     #[test]
     fn what_perturbed_replays_also_show_is_no_departure() {
         let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &series(&[1.0, 0.9, 0.8, 2.0]), 0.0);
-        assert!(departs_at(&d, 4, 0.0));
-        assert!(!departs_at(&d, 4, 0.3));
+        assert!(departs_at(&d, 4, NONE));
+        assert!(!departs_at(&d, 4, Envelope { loss: 0.3, grad_norm: 0.3 }));
+    }
+
+    #[test]
+    fn norms_that_part_before_the_spike_are_no_match() {
+        let mut replayed = series(&[1.0, 0.9, 0.8, 0.7]);
+        replayed[2].grad_norm = 3.0;
+        let d = differences(&replayed, &series(&[1.0, 0.9, 0.8, 5.0]), 0.0);
+        assert_eq!(before(&d, 4, BF16), Match::Band);
+    }
+
+    #[test]
+    fn a_loss_that_parts_where_perturbed_norms_scatter_as_far_is_chaos() {
+        let mut logged = series(&[1.0, 0.9, 0.8, 5.0]);
+        logged[3].grad_norm = 80.0;
+        let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &logged, 0.0);
+        assert!(departs_at(&d, 4, Envelope { loss: 0.05, grad_norm: 0.05 }));
+        assert!(!departs_at(&d, 4, Envelope { loss: 0.05, grad_norm: 2.6 }));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::height::{self, Point};
 use super::laboratory::{Laboratory, Subject, step_of};
 use super::plan::{self, From, Proposal, Situation};
 use super::rows::{self, Suspect};
-use super::{Cause, CurvePoint, Experiment, RowBlame, SpikeKind, departure, hardware};
+use super::{Cause, CurvePoint, Envelope, Experiment, RowBlame, SpikeKind, departure, hardware};
 use crate::replay::{Intervention, Start, StepRecord, Trace};
 use crate::{Result, error::Kind};
 
@@ -27,6 +27,8 @@ const REFINEMENTS: usize = 3;
 /// Trials that a spike may cost whatever the budget says.
 const TRIALS: u64 = 3;
 const PERTURBED: u64 = 2;
+/// Excursions below this (in ln) are the usual wandering of a gradient norm.
+const TURBULENT: f64 = 1.6;
 /// |ln| within which another trainer's bookkeeping gives the logged loss.
 const SAME: f64 = 0.02;
 
@@ -69,6 +71,8 @@ struct Bench<'a, 'r> {
     budget: &'a mut Budget,
     found: Found,
     only: Option<Cause>,
+    /// Heights are those of the excursions before the spike, because the spike itself is chaos.
+    turbulent: bool,
     starts: Vec<Start>,
     near: Start,
     /// First step whose loss went into the spike's log row.
@@ -98,7 +102,7 @@ pub fn investigate(
     let out = empty(subject, found);
     // Far from any checkpoint one trial alone may exceed the budget; a verdict needs a few.
     budget.limit = budget.limit.max(budget.used + TRIALS * (to - step_of(&near)));
-    let mut bench = Bench { subject, lab, budget, found: *found, only, starts, near, onset, to, out };
+    let mut bench = Bench { subject, lab, budget, found: *found, only, turbulent: false, starts, near, onset, to, out };
     match bench.run() {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => bench.out.failure = Some(error),
@@ -179,6 +183,9 @@ impl Bench<'_, '_> {
     }
 
     fn height(&self, trace: &Trace) -> f64 {
+        if self.turbulent {
+            return self.turbulence_of(&curve(trace));
+        }
         if self.found.kind == SpikeKind::Level {
             // Not a rise but a factor: over what one accumulation step less would log.
             let first = trace.steps.first().map_or(f64::NAN, |r| r.loss_raw);
@@ -230,11 +237,16 @@ impl Bench<'_, '_> {
             self.other_trainers()?;
             return Ok(());
         }
-        let sudden = departure::departs_at(&self.out.differences, step, 0.0);
+        let none = Envelope { loss: 0.0, grad_norm: 0.0 };
+        let sudden = departure::departs_at(&self.out.differences, step, none);
         let spread = self.perturbed(if sudden { self.to } else { self.to + LATE })?;
         let baseline = &mut self.out.evidence.baseline;
         baseline.departs_at_spike = departure::departs_at(&self.out.differences, step, spread);
-        if !baseline.departs_at_spike || baseline.before != Match::Close || self.other_trainers()? {
+        if !baseline.departs_at_spike || baseline.before != Match::Close {
+            self.turbulence();
+            return Ok(());
+        }
+        if self.other_trainers()? {
             return Ok(());
         }
         self.out.evidence.baseline.matches_after = self.matches_after()?;
@@ -244,13 +256,52 @@ impl Bench<'_, '_> {
         Ok(())
     }
 
+    /// On the edge of stability rounding decides which excursion grows into the spike; the excursions themselves are
+    /// there in every replay, first in the gradient norm. From here on a change counts that calms them.
+    fn turbulence(&mut self) {
+        if !matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
+            return;
+        }
+        let replays = self.out.experiments.iter();
+        let highest = replays.map(|e| self.turbulence_of(&e.curve)).fold(0.0, f64::max);
+        if highest < TURBULENT {
+            return;
+        }
+        self.turbulent = true;
+        let evidence = &mut self.out.evidence;
+        evidence.logged_height = highest;
+        evidence.baseline.height = Some(highest);
+        evidence.baseline.before = match evidence.baseline.before {
+            Match::Off => Match::Off,
+            _ => Match::Band,
+        };
+    }
+
+    fn turbulence_of(&self, curve: &[CurvePoint]) -> f64 {
+        let first = curve.first().map_or(u64::MAX, |p| p.step);
+        let point = |p: &CurvePoint| Point {
+            step: p.step,
+            loss: p.loss,
+            grad_norm: p.grad_norm,
+            skipped: false,
+            unlabelled: false,
+        };
+        let points: Vec<Point> = curve.iter().map(point).collect();
+        let history: Vec<Point> = self.subject.points.iter().filter(|p| p.step < first).copied().collect();
+        let range = self.onset.saturating_sub(LATE).max(1)..=self.to;
+        let of = |kind| height::of(kind, &points, &history, range.clone());
+        of(SpikeKind::GradientExplosion).max(of(SpikeKind::Jump))
+    }
+
     /// Replays with half an ulp of noise: does rounding decide whether the spike comes? Returns how far they part
-    /// from the unchanged replay at the spike's step.
-    fn perturbed(&mut self, to: u64) -> Result<f64> {
+    /// from the unchanged replay at the spike's step, in ln.
+    fn perturbed(&mut self, to: u64) -> Result<Envelope> {
         let (step, to) = (self.found.step, to.min(self.subject.last_step()));
-        let at = |steps: &[StepRecord]| steps.iter().find(|r| r.step == step).map_or(f64::NAN, |r| r.loss_raw);
+        let at = |steps: &[StepRecord]| {
+            steps.iter().find(|r| r.step == step).map_or((f64::NAN, f64::NAN), |r| (r.loss_raw, r.grad_norm))
+        };
         let unchanged = at(&self.out.baseline);
-        let mut spread: f64 = 0.0;
+        let mut spread = Envelope { loss: 0.0, grad_norm: 0.0 };
         for seed in 0..PERTURBED {
             let trace = self.lab.replay(&self.near, to, &[Intervention::Perturb { seed }])?;
             let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
@@ -261,7 +312,9 @@ impl Bench<'_, '_> {
             let baseline = &mut self.out.evidence.baseline;
             baseline.perturbed += 1;
             baseline.perturbed_with_spike += usize::from(height >= 0.5 * self.found.height);
-            spread = spread.max(departure::distance(at(&trace.steps), unchanged));
+            let (loss, norm) = at(&trace.steps);
+            spread.loss = spread.loss.max(departure::distance(loss, unchanged.0));
+            spread.grad_norm = spread.grad_norm.max(departure::distance(norm, unchanged.1));
             self.record(&format!("perturbed, seed {seed}"), None, &Default::default(), height, windows, &trace);
         }
         Ok(spread)
@@ -337,6 +390,9 @@ impl Bench<'_, '_> {
                 Ok(trace) => trace,
             };
             self.budget.used += 1;
+            if trace.steps == self.out.baseline[..trace.steps.len().min(self.out.baseline.len())] {
+                continue;
+            }
             let at = trace.steps.iter().find(|r| r.step == step).map_or(f64::NAN, |r| Point::comparable(r).loss);
             let distance = departure::distance(at, logged);
             self.push_trial(&proposal, distance, 1, &trace);
@@ -520,7 +576,6 @@ impl Bench<'_, '_> {
         windows: u64,
         trace: &Trace,
     ) {
-        let point = |r: &StepRecord| CurvePoint { step: r.step, loss: r.loss_raw, grad_norm: r.grad_norm };
         self.out.experiments.push(Experiment {
             name: name.to_string(),
             changes: changes.clone(),
@@ -528,7 +583,12 @@ impl Bench<'_, '_> {
             removed: cause.is_some() && height <= 0.5 * self.out.evidence.reference_height(),
             cause,
             windows,
-            curve: trace.steps.iter().map(point).collect(),
+            curve: curve(trace),
         });
     }
+}
+
+fn curve(trace: &Trace) -> Vec<CurvePoint> {
+    let point = |r: &StepRecord| CurvePoint { step: r.step, loss: r.loss_raw, grad_norm: r.grad_norm };
+    trace.steps.iter().map(point).collect()
 }

@@ -18,8 +18,8 @@ pub struct Suspect {
 
 /// A suspect's mean loss is at least this factor above its surroundings …
 const MIN_EXCESS: f64 = 2.0;
-/// … and this many robust deviations of the run's micro-batches about theirs.
-const DEVIATIONS: f64 = 6.0;
+/// … and in ln this factor above what micro-batches usually differ by.
+const BEYOND: f64 = 1.5;
 /// Steps on either side whose micro-batches are the surroundings, when a window alone has too few.
 const AROUND: u64 = 3;
 /// Micro-batches that make a median.
@@ -27,12 +27,12 @@ const ENOUGH: usize = 4;
 
 /// Micro-batches of steps `from..=to` of `steps` whose mean loss stands out, highest excess first.
 pub fn suspects(steps: &[StepRecord], from: u64, to: u64) -> Vec<Suspect> {
-    let spread = spread(steps);
+    let usual = usual(steps, from, to);
     let mut found = Vec::new();
     for (index, record) in steps.iter().enumerate().filter(|(_, r)| (from..=to).contains(&r.step)) {
         for (micro_batch, micro) in record.micro_batches.iter().enumerate() {
             let Some(excess) = excess(steps, index, micro_batch) else { continue };
-            if excess >= MIN_EXCESS.ln().max(DEVIATIONS * spread) {
+            if excess >= MIN_EXCESS.ln().max(BEYOND * usual) {
                 found.push(Suspect { step: record.step, micro_batch, rows: micro.rows.clone(), excess });
             }
         }
@@ -69,13 +69,22 @@ fn excess(steps: &[StepRecord], index: usize, micro_batch: usize) -> Option<f64>
     Some((own / median).ln())
 }
 
-/// Robust deviation of ln(mean loss) about its surroundings, over all micro-batches: 1.4826 × median |excess|.
-fn spread(steps: &[StepRecord]) -> f64 {
-    let mut all: Vec<f64> = (0..steps.len())
-        .flat_map(|i| (0..steps[i].micro_batches.len()).map(move |m| (i, m)))
-        .filter_map(|(i, m)| excess(steps, i, m))
-        .map(f64::abs)
-        .collect();
+/// What micro-batches outside `from..=to` differ from their surroundings by, at the 95th percentile: templates and
+/// sources of different difficulty. Of all micro-batches when those outside are too few.
+fn usual(steps: &[StepRecord], from: u64, to: u64) -> f64 {
+    let excesses = |outside: bool| -> Vec<f64> {
+        (0..steps.len())
+            .filter(|&i| !outside || !(from..=to).contains(&steps[i].step))
+            .flat_map(|i| (0..steps[i].micro_batches.len()).map(move |m| (i, m)))
+            .filter_map(|(i, m)| excess(steps, i, m))
+            .map(f64::abs)
+            .collect()
+    };
+    let mut all = excesses(true);
+    if all.len() < ENOUGH {
+        all = excesses(false);
+    }
     all.sort_by(f64::total_cmp);
-    all.get(all.len() / 2).map_or(0.0, |m| 1.4826 * m)
+    // One outlier of twenty is not yet usual.
+    all.get((all.len() * 19 / 20).saturating_sub(1)).copied().unwrap_or(0.0)
 }
