@@ -68,7 +68,7 @@ pub struct Tensor {
 #[derive(Debug, Clone)]
 pub enum Storage {
     /// f32 buffer whose values are exactly representable in the tensor's dtype.
-    Cpu(Arc<Vec<f32>>),
+    Cpu(Arc<cpu::Buffer>),
     /// Bytes of a safetensors file in the tensor's dtype, little-endian, unaligned: a frozen weight.
     Mapped(cpu::MappedBytes),
     /// Memory of a GPU, in the tensor's dtype.

@@ -1,10 +1,10 @@
 //! Element by element: casts, sums, scaling, row selection, embedding, noise and dropout, the gated activation.
 
-use super::CpuDevice;
 use super::math::exp;
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
 use super::values::{elements, expect, tensor, values};
+use super::{Buffer, CpuDevice};
 use crate::Result;
 use crate::device::{DType, Tensor, noise};
 
@@ -12,7 +12,7 @@ impl CpuDevice {
     /// out[i] = round(f(x[i])).
     fn map(&self, x: &Tensor, dtype: DType, f: impl Fn(f32) -> f32 + Sync + Send + Copy) -> Result<Tensor> {
         let source = values(x)?;
-        let mut out = vec![0f32; source.len()];
+        let mut out = Buffer::unset(source.len());
         with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(#[inline(always)] || {
             for (y, &x) in run.iter_mut().zip(&source[first..]) {
                 *y = round.apply(f(x));
@@ -35,7 +35,7 @@ impl CpuDevice {
     pub(super) fn add_impl(&self, a: &Tensor, b: &Tensor, dtype: DType) -> Result<Tensor> {
         expect(a.shape == b.shape, "add", || format!("shapes {:?} and {:?}", a.shape, b.shape))?;
         let (left, right) = (values(a)?, values(b)?);
-        let mut out = vec![0f32; left.len()];
+        let mut out = Buffer::unset(left.len());
         with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(#[inline(always)] || {
             let (left, right) = (&left[first..][..run.len()], &right[first..][..run.len()]);
             for ((y, &a), &b) in run.iter_mut().zip(left).zip(right) {
@@ -51,7 +51,7 @@ impl CpuDevice {
             expect((i as usize) < rows, "gather_rows", || format!("row {i} of {rows}"))?;
         }
         let source = elements(x)?;
-        let mut out = vec![0f32; index.len() * columns];
+        let mut out = Buffer::unset(index.len() * columns);
         self.workers.rows(&mut out, columns, 1, |first, run| {
             for (row, &i) in run.chunks_exact_mut(columns).zip(&index[first..]) {
                 source.read(i as usize * columns, row);
@@ -65,7 +65,7 @@ impl CpuDevice {
         let columns = x.columns();
         expect(x.rows() == index.len(), "scatter_rows", || format!("{} rows, {} indices", x.rows(), index.len()))?;
         let source = values(x)?;
-        let mut out = vec![0f32; rows * columns];
+        let mut out = Buffer::zeros(rows * columns);
         for (row, &i) in source.chunks_exact(columns.max(1)).zip(index) {
             expect((i as usize) < rows, "scatter_rows", || format!("row {i} of {rows}"))?;
             out[i as usize * columns..][..columns].copy_from_slice(row);
@@ -90,7 +90,7 @@ impl CpuDevice {
     /// out[i] = round(f(x[i], i)) in x's dtype.
     fn map_indexed(&self, x: &Tensor, f: impl Fn(f32, u64) -> f32 + Sync + Send + Copy) -> Result<Tensor> {
         let source = values(x)?;
-        let mut out = vec![0f32; source.len()];
+        let mut out = Buffer::unset(source.len());
         with_round!(x.dtype, round => self.workers.rows(&mut out, 1, 4, |first, run| vectorised(#[inline(always)] || {
             for (i, (y, &x)) in run.iter_mut().zip(&source[first..]).enumerate() {
                 *y = round.apply(f(x, (first + i) as u64));
@@ -102,7 +102,7 @@ impl CpuDevice {
     pub(super) fn gate_impl(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         expect(gate.shape == up.shape, "gate", || format!("shapes {:?} and {:?}", gate.shape, up.shape))?;
         let (g, u) = (values(gate)?, values(up)?);
-        let mut out = vec![0f32; g.len()];
+        let mut out = Buffer::unset(g.len());
         with_round!(gate.dtype, round => self.workers.rows(&mut out, 1, 8, |first, run| vectorised(#[inline(always)] || {
             let (g, u) = (&g[first..][..run.len()], &u[first..][..run.len()]);
             for ((y, &g), &u) in run.iter_mut().zip(g).zip(u) {
@@ -117,8 +117,8 @@ impl CpuDevice {
             format!("shapes {:?}, {:?} and {:?}", d_out.shape, gate.shape, up.shape)
         })?;
         let (d, g, u) = (values(d_out)?, values(gate)?, values(up)?);
-        let mut d_gate = vec![0f32; g.len()];
-        let mut d_up = vec![0f32; g.len()];
+        let mut d_gate = Buffer::unset(g.len());
+        let mut d_up = Buffer::unset(g.len());
         with_round!(gate.dtype, round => self.workers.rows2((&mut d_gate, &mut d_up), (1, 1), 8, |first, dg, du| {
             let n = dg.len();
             let inputs = (&d[first..][..n], &g[first..][..n], &u[first..][..n]);

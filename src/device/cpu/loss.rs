@@ -3,7 +3,7 @@
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
 use super::values::{elements, expect, tensor};
-use super::{CpuDevice, math};
+use super::{Buffer, CpuDevice, math};
 use crate::Result;
 use crate::device::Tensor;
 
@@ -23,7 +23,7 @@ impl CpuDevice {
         }
         let source = elements(logits)?;
         let mut losses = vec![0f32; rows];
-        let mut gradient = vec![0f32; rows * vocabulary];
+        let mut gradient = Buffer::unset(rows * vocabulary);
         with_round!(logits.dtype, round => {
             let run = |first: usize, gradient: &mut [f32], losses: &mut [f32]| {
                 for (i, (d, loss)) in gradient.chunks_exact_mut(vocabulary).zip(losses).enumerate() {

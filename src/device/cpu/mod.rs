@@ -4,6 +4,7 @@
 //! `threads` cuts the work, `rounding` and `math` are the arithmetic that everything shares.
 
 mod attention;
+mod buffer;
 mod elementwise;
 mod gemm;
 mod loss;
@@ -18,6 +19,7 @@ mod statistics;
 mod threads;
 mod values;
 
+pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 
 use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Tensor};
@@ -51,7 +53,7 @@ impl Device for CpuDevice {
         expect(values.len() == shape.iter().product::<usize>(), "upload", || {
             format!("{} values for shape {shape:?}", values.len())
         })?;
-        let mut values = values.to_vec();
+        let mut values = Buffer::copied(values);
         rounding::round_slice(&mut values, dtype);
         Ok(tensor(values, shape.to_vec(), dtype))
     }
@@ -59,7 +61,7 @@ impl Device for CpuDevice {
         Ok(values_of(x)?.into_owned())
     }
     fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Ok(tensor(vec![0f32; shape.iter().product()], shape.to_vec(), dtype))
+        Ok(tensor(Buffer::zeros(shape.iter().product()), shape.to_vec(), dtype))
     }
     fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
         self.cast_impl(x, dtype)

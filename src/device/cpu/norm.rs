@@ -3,7 +3,7 @@
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
 use super::values::{expect, tensor, values};
-use super::{CpuDevice, math};
+use super::{Buffer, CpuDevice, math};
 use crate::Result;
 use crate::device::{DType, Tensor};
 
@@ -15,8 +15,8 @@ impl CpuDevice {
         })?;
         let rows = x.elements() / columns;
         let (source, weight) = (values(x)?, values(w)?);
-        let mut y = vec![0f32; source.len()];
-        let mut r = vec![0f32; rows];
+        let mut y = Buffer::unset(source.len());
+        let mut r = Buffer::unset(rows);
         with_round!(x.dtype, inner => with_round!(dtype, outer => {
             self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(#[inline(always)] || {
                 for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
@@ -41,7 +41,7 @@ impl CpuDevice {
             || format!("dy {:?}, x {:?}, w {columns}, r {}", dy.shape, x.shape, r.elements()),
         )?;
         let (dy, source, weight, r) = (values(dy)?, values(x)?, values(w)?, values(r)?);
-        let mut dx = vec![0f32; source.len()];
+        let mut dx = Buffer::unset(source.len());
         with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(#[inline(always)] || {
             for (i, dx) in dx.chunks_exact_mut(columns).enumerate() {
                 let at = (first + i) * columns;

@@ -1,9 +1,9 @@
 //! Rotary position embedding (half-split, Hugging Face's rotate_half) and its gradient.
 
-use super::CpuDevice;
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
 use super::values::{expect, tensor, values};
+use super::{Buffer, CpuDevice};
 use crate::Result;
 use crate::device::{DType, Tensor};
 
@@ -29,7 +29,7 @@ impl CpuDevice {
             })?;
         }
         let (source, cos, sin) = (values(x)?, values(with.cos)?, values(with.sin)?);
-        let mut out = vec![0f32; source.len()];
+        let mut out = Buffer::unset(source.len());
         let sign = if with.inverse { -1.0f32 } else { 1.0 };
         with_round!(dtype, round => self.workers.rows(&mut out, columns, 3, |first, run| vectorised(#[inline(always)] || {
             for (i, y) in run.chunks_exact_mut(columns).enumerate() {

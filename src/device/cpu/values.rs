@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::rounding;
+use super::{Buffer, rounding};
 use crate::device::{DType, Storage, Tensor};
 use crate::{Error, Result};
 
@@ -61,13 +61,16 @@ pub fn values(x: &Tensor) -> Result<Cow<'_, [f32]>> {
 /// The elements of an owned tensor for changing in place (copied first if someone else holds them too).
 pub fn values_mut(x: &mut Tensor) -> Result<&mut [f32]> {
     match &mut x.storage {
-        Storage::Cpu(values) => Ok(Arc::make_mut(values).as_mut_slice()),
+        Storage::Cpu(values) => {
+            let buffer: &mut Buffer = Arc::make_mut(values);
+            Ok(buffer)
+        }
         _ => Err(Error::internal("only a tensor that the CPU device made can be changed in place")),
     }
 }
 
 /// A tensor from values that are already rounded to `dtype`.
-pub fn tensor(values: Vec<f32>, shape: Vec<usize>, dtype: DType) -> Tensor {
+pub fn tensor(values: Buffer, shape: Vec<usize>, dtype: DType) -> Tensor {
     debug_assert_eq!(values.len(), shape.iter().product::<usize>());
     Tensor { shape, dtype, storage: Storage::Cpu(Arc::new(values)) }
 }

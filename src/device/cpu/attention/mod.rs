@@ -7,10 +7,10 @@ mod backward;
 mod combine;
 mod forward;
 
-use super::CpuDevice;
 use super::rounding::{self, round_operand};
 use super::threads::Shared;
 use super::values::{expect, expect_offsets, tensor, values};
+use super::{Buffer, CpuDevice};
 use crate::Result;
 use crate::device::{AttentionShape, Compute, DType, Tensor};
 
@@ -65,8 +65,8 @@ impl CpuDevice {
         let plan = check((q, k, v), rows, shape, compute)?;
         let (n, hd) = (q.rows(), shape.head_dim);
         let (qs, ks, vs) = (values(q)?, values(k)?, values(v)?);
-        let mut o = vec![0f32; n * shape.heads * hd];
-        let mut lse = vec![0f32; n * shape.heads];
+        let mut o = Buffer::unset(n * shape.heads * hd);
+        let mut lse = Buffer::unset(n * shape.heads);
         {
             let (o, lse) = (Shared::new(&mut o), Shared::new(&mut lse));
             self.workers.each(plan.tasks(), plan.work(), |task| {
@@ -96,9 +96,9 @@ impl CpuDevice {
         )?;
         let (qs, ks, vs) = (values(q)?, values(k)?, values(v)?);
         let (d_os, os, lses) = (values(d_o)?, values(o)?, values(lse)?);
-        let mut dq = vec![0f32; qs.len()];
-        let mut dk = vec![0f32; ks.len()];
-        let mut dv = vec![0f32; vs.len()];
+        let mut dq = Buffer::zeros(qs.len());
+        let mut dk = Buffer::unset(ks.len());
+        let mut dv = Buffer::unset(vs.len());
         {
             let (dq, dk, dv) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
             self.workers.each(plan.tasks(), plan.work(), |task| {
@@ -113,7 +113,7 @@ impl CpuDevice {
         for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
             rounding::round_slice(d, dtype);
         }
-        let wrap = |d: Vec<f32>, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);
+        let wrap = |d: Buffer, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);
         Ok((wrap(dq, q), wrap(dk, k), wrap(dv, v)))
     }
 }

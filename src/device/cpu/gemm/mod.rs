@@ -12,9 +12,9 @@ pub use pack::Matrix;
 
 use std::ops::Range;
 
-use super::CpuDevice;
 use super::threads::Shared;
 use super::values::{elements, expect, expect_offsets, tensor, values};
+use super::{Buffer, CpuDevice};
 use crate::Result;
 use crate::device::{Compute, DType, Tensor};
 
@@ -47,9 +47,10 @@ impl CpuDevice {
         }
         let kernel = Kernel::best(product.compute);
         let plan = Plan::new(product, &kernel);
-        let mut packed = vec![0u32; plan.panels() * kernel.rows * plan.depth];
+        let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
+        let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
         {
-            let packed = pack::Panels::new(&mut packed, kernel.rows * plan.depth);
+            let packed = pack::Panels::new(packed, kernel.rows * plan.depth);
             self.workers.each(plan.panels(), plan.m * product.k, |panel| {
                 let first = panel * kernel.rows;
                 // SAFETY: one task per panel.
@@ -63,7 +64,7 @@ impl CpuDevice {
             let rows = share(plan.panels(), row_tasks, task % row_tasks, kernel.rows, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
-            block(&plan, &packed, rows, columns, &c);
+            block(&plan, packed, rows, columns, &c);
         });
     }
 
@@ -93,7 +94,7 @@ impl CpuDevice {
             format!("x {:?}, w {:?}, bias {:?}", x.shape, w.shape, bias.map(|b| &b.shape))
         })?;
         let bias = bias.map(values).transpose()?;
-        let mut y = vec![0f32; m * n];
+        let mut y = Buffer::unset(m * n);
         let a = Matrix { elements: elements(x)?, at: 0, lane: k, depth: 1, dtype: x.dtype };
         let b = Matrix { elements: elements(w)?, at: 0, lane: k, depth: 1, dtype: w.dtype };
         self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out }, &mut y);
@@ -110,7 +111,7 @@ impl CpuDevice {
         let (m, k) = (dy.rows(), dy.columns());
         let n = w.columns();
         expect(w.rows() == k, "linear_input_grad", || format!("dy {:?}, w {:?}", dy.shape, w.shape))?;
-        let mut dx = vec![0f32; m * n];
+        let mut dx = Buffer::unset(m * n);
         let a = Matrix { elements: elements(dy)?, at: 0, lane: k, depth: 1, dtype: dy.dtype };
         let b = Matrix { elements: elements(w)?, at: 0, lane: 1, depth: n, dtype: w.dtype };
         self.gemm(&Product { m, n, k, a, b, compute, bias: None, out }, &mut dx);
@@ -130,7 +131,7 @@ impl CpuDevice {
         expect_offsets(units, x.rows(), "linear_weight_grad")?;
         let (a, b) = (elements(dy)?, elements(x)?);
         let count = units.len() - 1;
-        let mut dw = vec![0f32; count * m * n];
+        let mut dw = Buffer::unset(count * m * n);
         for (unit, dw) in dw.chunks_exact_mut((m * n).max(1)).enumerate() {
             let (first, k) = (units[unit], units[unit + 1] - units[unit]);
             let a = Matrix { elements: a, at: first * m, lane: 1, depth: m, dtype: dy.dtype };
@@ -195,7 +196,8 @@ impl<'a> Plan<'a> {
 fn block(plan: &Plan<'_>, packed_a: &[u32], rows: Range<usize>, columns: Range<usize>, c: &Shared<'_>) {
     let kernel = plan.kernel;
     let most = plan.parts().map(|part| part.len()).max().unwrap_or(0);
-    let mut packed_b = vec![0u32; COLUMNS.min(columns.len().next_multiple_of(kernel.columns)) * most];
+    let mut packed_b = Buffer::unset(COLUMNS.min(columns.len().next_multiple_of(kernel.columns)) * most);
+    let packed_b: &mut [u32] = bytemuck::cast_slice_mut(&mut packed_b);
     for first_column in columns.clone().step_by(COLUMNS) {
         let end_column = (first_column + COLUMNS).min(columns.end);
         for part in plan.parts() {
