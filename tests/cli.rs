@@ -1,1 +1,148 @@
-//! (filled by its area)
+//! The program as a user types it: exit codes, messages, files.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spikeprobe"));
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--root", "demo", "--device", "cpu"]);
+    command
+}
+
+const RUN: &str = "demo/runs/a8-lr-stage2-llama-fp32";
+
+fn output(arguments: &[&str]) -> Output {
+    program().args(arguments).output().expect("the program starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn replay_prints_a_table_and_writes_the_documented_json() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (json, trace) = (folder.path().join("out.json"), folder.path().join("trace.jsonl"));
+    let paths = [json.to_str().expect("path"), trace.to_str().expect("path")];
+    let done = output(&["replay", RUN, "--to", "3", "--json", paths[0], "--trace", paths[1]]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(text(&done.stdout).contains("the log is reproduced"), "{}", text(&done.stdout));
+    let value: Value = serde_json::from_str(&std::fs::read_to_string(&json).expect("json")).expect("valid");
+    assert_eq!(value["schema"], "spikeprobe.replay/1");
+    assert_eq!(value["start"]["kind"], "initial");
+    assert_eq!(value["certificate"]["verdict"], "reproduced");
+    let step = &value["steps"][2];
+    for key in [
+        "step",
+        "epoch",
+        "learning_rate",
+        "learning_rate_logged",
+        "loss",
+        "loss_raw",
+        "grad_norm",
+        "clip_coefficient",
+        "update_norm",
+        "loss_scale",
+        "skipped",
+        "nonfinite",
+        "micro_batches",
+        "logged",
+    ] {
+        assert!(step.get(key).is_some(), "{key} is missing in {step}");
+    }
+    let micro = &step["micro_batches"][0];
+    for key in ["rows", "tokens", "label_tokens", "loss", "mean_loss", "grad_norm", "nonfinite"] {
+        assert!(micro.get(key).is_some(), "{key} is missing in {micro}");
+    }
+    assert_eq!(micro["rows"][0]["dataset"], "train");
+    let lines = std::fs::read_to_string(&trace).expect("trace");
+    let last: Value = serde_json::from_str(lines.lines().last().expect("a line")).expect("valid");
+    assert_eq!((lines.lines().count(), &last["step"]), (3, &Value::from(3)));
+}
+
+#[test]
+fn json_on_standard_output_comes_alone() {
+    let done = output(&["replay", RUN, "--to", "1", "--json", "-"]);
+    let value: Value = serde_json::from_slice(&done.stdout).expect("nothing but JSON");
+    assert_eq!(value["steps"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn wrong_usage_is_2_and_bad_input_is_1_with_the_place_and_a_remedy() {
+    assert_eq!(output(&["replay", RUN, "--device", "gpu"]).status.code(), Some(2));
+    assert_eq!(output(&["replay", RUN, "--to", "soon"]).status.code(), Some(2));
+    let cases: [(&[&str], &[&str]); 5] = [
+        (&["replay", "no/such/run"], &["no/such/run", "try:"]),
+        (&["replay", RUN, "--from", "7"], &["checkpoint-7", "checkpoints on disk: 2"]),
+        (&["replay", RUN, "--to", "999"], &["999", "24"]),
+        (&["replay", RUN, "--set", "no_such_key=1"], &["no_such_key"]),
+        (&["replay", RUN, "--set", "optim=adafactor", "--to", "1"], &["adafactor", "optim"]),
+    ];
+    for (arguments, expected) in cases {
+        let done = output(arguments);
+        let said = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{arguments:?}: {said}");
+        for word in expected {
+            assert!(said.contains(word), "{arguments:?}: {word} is not in: {said}");
+        }
+        assert!(!said.contains("panicked"), "{said}");
+    }
+    let done = output(&["replay", RUN, "--neutralise-rows", "nothing:1", "--to", "1"]);
+    assert_eq!(done.status.code(), Some(2), "{}", text(&done.stderr));
+    assert!(text(&done.stderr).contains("it has train"), "{}", text(&done.stderr));
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let mut child = program()
+        .args(["replay", RUN, "--to", "1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start");
+    drop(child.stdout.take());
+    let done = child.wait_with_output().expect("end");
+    assert!(done.status.success(), "{}", text(&done.stderr));
+}
+
+#[test]
+fn results_that_cannot_be_written_leave_nothing_behind() {
+    let folder = tempfile::tempdir().expect("folder");
+    let file = folder.path().join("missing/out.json");
+    let done = output(&["replay", RUN, "--to", "1", "--json", file.to_str().expect("path")]);
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("out.json"), "{}", text(&done.stderr));
+    assert_eq!(std::fs::read_dir(folder.path()).expect("list").count(), 0);
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_keeps_what_is_done_and_exits_with_130() {
+    let folder = tempfile::tempdir().expect("folder");
+    let json = folder.path().join("out.json");
+    let child = program()
+        .args(["replay", RUN, "--json", json.to_str().expect("path")])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start");
+    // Long enough for a step, far too short for all 24.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let done = child.wait_with_output().expect("end");
+    // A machine so fast that everything was done before the signal proves nothing, but is no failure.
+    if done.status.success() {
+        eprintln!("skipped: the replay ended before the signal");
+        return;
+    }
+    assert_eq!(done.status.code(), Some(130), "{}", text(&done.stderr));
+    if json.exists() {
+        let value: Value = serde_json::from_str(&std::fs::read_to_string(&json).expect("json")).expect("whole");
+        assert_eq!(value["interrupted"], true);
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect();
+    assert!(left.iter().all(|p| p.as_path() == Path::new(&json)), "{left:?}");
+}

@@ -1,1 +1,10 @@
-//! (filled by its area)
+//! Recorded runs replayed to the numbers in their logs.
+//!
+//! Runs: `fixtures/runs/` (its script says what they are) and `demo/`; the known answer: `fixtures/vectors/tiny_llama`.
+
+#[path = "replay/certificate.rs"]
+mod certificate; // verdicts on scripted logs
+#[path = "replay/known_answer.rs"]
+mod known_answer; // tiny_llama: four steps, every number
+#[path = "replay/runs.rs"]
+mod runs; // real LLaMA-Factory runs

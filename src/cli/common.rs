@@ -9,11 +9,10 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::device::Device;
-use crate::device::cpu::CpuDevice;
 use crate::replay::{Replayer, Source};
-use crate::{Error, Result, output};
+use crate::{Result, output};
 
-/// As typed.
+/// Options of every subcommand.
 #[derive(Debug, Clone, Args)]
 pub struct Common {
     /// Relative paths inside the configuration resolve against this folder, as LLaMA-Factory resolves them
@@ -79,12 +78,12 @@ impl Common {
     /// # Errors
     /// A device that was asked for and is not there.
     pub fn open_device(&self) -> Result<Arc<dyn Device>> {
-        match self.device {
-            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Arc::new(CpuDevice::new(self.threads.map(usize::from))?)),
-            DeviceChoice::Cuda(ordinal) => Err(Error::device("this build has no CUDA device")
-                .at(format!("--device cuda:{ordinal}"))
-                .next("use --device cpu")),
-        }
+        let name = match self.device {
+            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Cpu => "cpu".to_owned(),
+            DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+        };
+        crate::device::open(&name, self.threads.map(usize::from)).map_err(|e| e.at("--device"))
     }
 
     /// Where a run lies, with what the command line says about it.

@@ -17,7 +17,7 @@ use crate::replay::{
 };
 use crate::{Error, Result, error, output};
 
-/// As typed.
+/// Re-run the optimizer steps of a run and hold them against its log.
 #[derive(Debug, ClapArgs)]
 pub struct Args {
     /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one.
@@ -85,6 +85,12 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
             common.remark(&line);
         }
     }
+    if replayer.run().config.lora_dropout > 0.0 && args.envelope == 0 {
+        common.remark(
+            "lora_dropout: the trainer's masks cannot be known, so one replay is one draw; \
+             --envelope 5 shows the band of several",
+        );
+    }
     let mut recorder = Recorder::new(common, &replayer, args, to);
     let outcome = replayer.replay(&args.from, to, &interventions, &mut recorder);
     let (trace, cut) = match outcome {
@@ -147,6 +153,8 @@ impl Args {
         seeds
             .map(|seed| {
                 let mut noisy = interventions.to_vec();
+                // Of a run with dropout the masks are unknown too: each sibling draws its own (contract 10).
+                noisy.push(Intervention::Dropout { seed });
                 noisy.push(Intervention::Perturb { seed: self.perturb.unwrap_or(0).wrapping_mul(1000) + seed });
                 replayer.replay(&self.from, to, &noisy, &mut crate::replay::Silent)
             })
