@@ -90,12 +90,19 @@ fn the_adapter_after_two_steps_is_the_real_checkpoint() {
     let ours = keep.1.expect("the state after step 2");
     let theirs = replayer.run().checkpoint(2).expect("checkpoint").adapter().expect("adapter");
     assert_eq!(ours.modules.len(), theirs.modules.len());
+    let (mut elements, mut beyond, mut worst) = (0u32, 0u32, 0f32);
     for (a, b) in ours.modules.iter().zip(&theirs.modules) {
         assert_eq!(a.path, b.path);
         for (x, y) in a.a.iter().chain(&a.b).zip(b.a.iter().chain(&b.b)) {
-            assert!((x - y).abs() <= 1e-5, "{}: {x} for {y}", a.path);
+            let difference = (x - y).abs();
+            assert!(!difference.is_nan(), "{}: {x} for {y}", a.path);
+            elements += 1;
+            beyond += u32::from(difference > 1e-5);
+            worst = worst.max(difference);
         }
     }
+    eprintln!("{beyond} of {elements} elements beyond 1e-5, the worst {worst:e}");
+    assert_eq!(beyond, 0);
 }
 
 #[test]
@@ -127,8 +134,8 @@ fn an_epoch_boundary_leak_of_transformers_4_48_shows_in_window_and_loss() {
         let window = replayer.window(step).expect("window");
         window.micro_batches.iter().filter(|m| m.fetched.leaked).count()
     };
-    let leaking: Vec<u64> = (1..=30).filter(|&s| leaks(s) > 0).collect();
-    assert_eq!(leaking, [11, 21]);
+    let leaking: Vec<u64> = (1..=40).filter(|&s| leaks(s) > 0).collect();
+    assert_eq!(leaking, [21], "the first step of the second epoch");
     assert_reproduced(&replayer, &replay(&replayer, Start::Initial, 3, &[]), 1e-3, 1e-2);
 }
 
