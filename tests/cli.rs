@@ -146,3 +146,20 @@ fn ctrl_c_keeps_what_is_done_and_exits_with_130() {
     let left: Vec<_> = std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect();
     assert!(left.iter().all(|p| p.as_path() == Path::new(&json)), "{left:?}");
 }
+
+#[test]
+fn the_demonstration_carries_every_file_of_its_folder() {
+    fn walk(folder: &Path, into: &mut Vec<std::path::PathBuf>) {
+        for entry in std::fs::read_dir(folder).expect("list").flatten() {
+            if entry.path().is_dir() { walk(&entry.path(), into) } else { into.push(entry.path()) }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let mut on_disk = Vec::new();
+    walk(&root, &mut on_disk);
+    let mut on_disk: Vec<_> = on_disk.iter().map(|p| p.strip_prefix(&root).expect("inside").to_owned()).collect();
+    on_disk.sort();
+    let mut embedded: Vec<_> = spikeprobe::cli::demo::FILES.iter().map(|f| std::path::PathBuf::from(f.path)).collect();
+    embedded.sort();
+    assert_eq!(on_disk, embedded);
+}

@@ -4,6 +4,7 @@
 //! [`Command`] and its arm in [`run`].
 
 mod common;
+pub mod demo;
 mod diagnose;
 mod inspect;
 mod replay;
@@ -29,6 +30,7 @@ pub struct Options {
 pub enum Command {
     Inspect(inspect::Args),
     Replay(replay::Args),
+    Demo(demo::Args),
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
     Sweep(sweep::Args),
     Diagnose(diagnose::Args),
@@ -43,6 +45,7 @@ pub fn run(options: &Options) -> Result<()> {
     match &options.command {
         Command::Inspect(args) => inspect::run(args, common),
         Command::Replay(args) => replay::run(args, common),
+        Command::Demo(args) => demo::run(args, common),
         Command::Sweep(args) => sweep::run(args, common),
         Command::Diagnose(args) => diagnose::run(args, common),
     }
