@@ -3,8 +3,6 @@
 //! Owns the embedded files and putting them where the other subcommands can read them. The run is a real
 //! LLaMA-Factory run in fp32 that continues from another run's adapter: 0.057 → 5.29 in one step.
 
-use std::io::Write as _;
-
 use clap::{Args as ClapArgs, Parser};
 
 use super::{Common, diagnose, replay};
