@@ -10,7 +10,7 @@ use spikeprobe::run::{
     WindowRule, json, pickle::Pickle, read_training_args,
 };
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
@@ -20,40 +20,40 @@ fn checkpoint(step: u64) -> Checkpoint {
 }
 
 /// A run folder with this YAML (model, data and paths filled in), log and state.
-struct Folder(tempfile::TempDir);
+pub struct Folder(pub tempfile::TempDir);
 
-const BASIS: &str =
+pub const BASIS: &str =
     "stage: sft\nfinetuning_type: lora\nmodel_name_or_path: model\ndataset: a\ntemplate: llama3\noutput_dir: out\n";
 
 impl Folder {
-    fn new(yaml: &str) -> Self {
+    pub fn new(yaml: &str) -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
         folder.write("train.yaml", &format!("{BASIS}{yaml}"));
         folder
     }
-    fn write(&self, name: &str, text: &str) -> &Self {
+    pub fn write(&self, name: &str, text: &str) -> &Self {
         let path = self.0.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, text).unwrap();
         self
     }
-    fn copy(&self, from: &str, to: &str) -> &Self {
+    pub fn copy(&self, from: &str, to: &str) -> &Self {
         let path = self.0.path().join(to);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::copy(fixture(from), path).unwrap();
         self
     }
-    fn open(&self) -> spikeprobe::Result<Run> {
+    pub fn open(&self) -> spikeprobe::Result<Run> {
         self.open_with(&[])
     }
-    fn open_with(&self, set: &[(&str, &str)]) -> spikeprobe::Result<Run> {
+    pub fn open_with(&self, set: &[(&str, &str)]) -> spikeprobe::Result<Run> {
         let set: Vec<_> = set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         Run::open(self.0.path(), self.0.path(), &set, &[])
     }
 }
 
 /// Lines of trainer_log.jsonl: step, total_steps, loss, seconds.
-fn log_lines(rows: &[(u64, u64, f64, u64)]) -> String {
+pub fn log_lines(rows: &[(u64, u64, f64, u64)]) -> String {
     rows.iter()
         .map(|(step, total, loss, s)| {
             format!(
