@@ -232,6 +232,19 @@ fn each_rule_is_named_when_the_log_follows_it() {
 }
 
 #[test]
+fn a_fingerprint_is_a_note_an_error_or_a_warning() {
+    use spikeprobe::inspect::confirm::judge;
+    use spikeprobe::run::LossRule;
+    let window = [MicroSum { sum: 30.0, shifted: 10, unshifted: 11 }, MicroSum { sum: 9.0, shifted: 2, unshifted: 2 }];
+    let judged = |logged: f64| judge(&candidates(&window, 2, logged), LossRule::TokenMean, logged, 1e-4, "log:1");
+    assert_eq!(judged(39.0 / 13.0).severity, Severity::Note);
+    let other = judged(7.5);
+    assert_eq!((other.code, other.severity), (Code::SemanticsFingerprint, Severity::Error));
+    assert!(other.message.contains("undivided"), "{}", other.message);
+    assert_eq!(judged(1.0).severity, Severity::Warning);
+}
+
+#[test]
 fn issue_7443_is_an_undivided_sum() {
     // LLaVA-1.5, LLaMA-Factory 0.9.2, transformers 4.49.0, constant total batch.
     let found = scaling(&[(2, 6.4), (4, 13.65), (16, 69.0), (32, 138.0)]).unwrap();
@@ -368,7 +381,7 @@ fn two_runs_are_compared_by_what_can_explain_their_difference() {
 
 #[test]
 fn data_rows_are_linted() {
-    use spikeprobe::batches::{Corpus, Dataset, Example, IGNORE, RowId};
+    use spikeprobe::batches::{Dataset, Example, IGNORE, RowId};
     let example = |row, ids: &[u32], prompt: usize| Example {
         row: RowId { dataset: 0, row },
         input_ids: ids.to_vec(),
@@ -376,23 +389,17 @@ fn data_rows_are_linted() {
         spans: Vec::new(),
     };
     let long: Vec<u32> = (0..60).collect();
-    let corpus = Corpus {
-        datasets: vec![Dataset { name: "a".into(), files: vec!["a.json".into()] }],
-        train: vec![
-            example(0, &[1, 2, 3, 4], 2),
-            example(1, &[1, 2, 3, 4], 2),
-            example(2, &[1, 2, 9, 4], 2),
-            example(3, &[5, 6, 7], 3),
-            example(4, &long, 2),
-        ],
-        eval: Vec::new(),
-        dropped: vec![(RowId { dataset: 0, row: 7 }, "no answer".into())],
-        vocab_size: 100,
-        pad_token_id: 0,
-        ..Corpus::default()
-    };
+    let datasets = [Dataset { name: "a".into(), files: vec!["a.json".into()] }];
+    let train = [
+        example(0, &[1, 2, 3, 4], 2),
+        example(1, &[1, 2, 3, 4], 2),
+        example(2, &[1, 2, 9, 4], 2),
+        example(3, &[5, 6, 7], 3),
+        example(4, &long, 2),
+    ];
+    let dropped = [(RowId { dataset: 0, row: 7 }, "no answer".to_owned())];
     let run = Folder::new("cutoff_len: 60\n").open().unwrap();
-    let found = spikeprobe::inspect::data::findings(&run, &corpus);
+    let found = spikeprobe::inspect::data::findings(&run, &datasets, &train, &dropped);
     let message = |code: Code| &found.iter().find(|f| f.code == code).unwrap_or_else(|| panic!("{found:#?}")).message;
     assert!(message(Code::AnswersCut).contains("1 of 5") && message(Code::AnswersCut).contains("a:4"));
     assert!(message(Code::MaskedRows).contains("a:3"));

@@ -20,6 +20,9 @@ pub struct Args {
     /// Another run to compare with.
     #[arg(long, value_name = "RUN2")]
     pub baseline: Option<PathBuf>,
+    /// Replay the first window and hold every historic loss normalisation against the log.
+    #[arg(long)]
+    pub confirm: bool,
 }
 
 /// Inspects and prints.
@@ -31,8 +34,11 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     let run = open(&args.run)?;
     let mut findings = inspect::inspect(&run);
     match Corpus::load(&run, &run.config) {
-        Ok(corpus) => findings.extend(inspect::data::findings(&run, &corpus)),
+        Ok(corpus) => findings.extend(inspect::data::findings(&run, &corpus.datasets, &corpus.train, &corpus.dropped)),
         Err(e) => common.remark(&format!("the data rows were not inspected: {e}")),
+    }
+    if args.confirm {
+        findings.extend(inspect::confirm::first_window(&common.open_replayer(&args.run, &[])?)?);
     }
     inspect::sort(&mut findings);
     let comparison = match &args.baseline {

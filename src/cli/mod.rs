@@ -6,7 +6,9 @@
 mod common;
 pub mod demo;
 mod diagnose;
+mod eval;
 mod inspect;
+mod preflight;
 mod replay;
 mod sweep;
 
@@ -28,7 +30,12 @@ pub struct Options {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// What the files of a run show: configuration, versions, log, data, evaluation.
     Inspect(inspect::Args),
+    /// The eval_loss the log should have had, per checkpoint.
+    Eval(eval::Args),
+    /// Before training: lint, data, the first windows at peak learning rate.
+    Preflight(preflight::Args),
     Replay(replay::Args),
     Demo(demo::Args),
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
@@ -44,6 +51,8 @@ pub fn run(options: &Options) -> Result<()> {
     let common = &options.common;
     match &options.command {
         Command::Inspect(args) => inspect::run(args, common),
+        Command::Eval(args) => eval::run(args, common),
+        Command::Preflight(args) => preflight::run(args, common),
         Command::Replay(args) => replay::run(args, common),
         Command::Demo(args) => demo::run(args, common),
         Command::Sweep(args) => sweep::run(args, common),

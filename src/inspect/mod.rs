@@ -7,8 +7,10 @@
 pub mod bookkeeping;
 pub mod codes;
 pub mod compare;
+pub mod confirm;
 pub mod data;
 pub mod eval;
+pub mod evaluate;
 pub mod fingerprint;
 pub mod lint;
 pub mod log;
