@@ -39,5 +39,6 @@ pub mod report;
 pub mod run;
 pub mod step;
 pub mod sweep;
+pub mod watch;
 
 pub use error::{Error, Result};

@@ -448,3 +448,83 @@ fn the_table_of_codes_is_held_against_the_sources() {
         assert!(tests.contains(&name) || tests.contains(&format!("\"{}\"", code.word())), "{name} is never tried");
     }
 }
+
+#[test]
+fn a_refused_run_and_an_output_folder_without_yaml_can_be_inspected() {
+    let folder = Folder::new("quantization_bit: 4\nlogging_steps: 1\n");
+    folder.write("out/trainer_log.jsonl", &crate::run::log_lines(&[(1, 2, 2.0, 1), (2, 2, f64::from(0u8), 2)]));
+    assert!(folder.open().is_err());
+    let run = Run::open_for_inspection(folder.0.path(), folder.0.path(), &[]).unwrap();
+    assert!(run.remarks.iter().any(|r| r.contains("quantization_bit")), "{:?}", run.remarks);
+    assert!(finding(&run, Code::MaskedNan).message.contains("step 2"));
+    // The output folder alone: TrainingArguments and the adapter's configuration.
+    folder.copy("run/training_args_5.6.0.bin", "out/training_args.bin");
+    folder.copy("vectors/tiny_llama/checkpoint-2/adapter_config.json", "out/checkpoint-2/adapter_config.json");
+    let output = folder.0.path().join("out");
+    let run = Run::open_for_inspection(&output, folder.0.path(), &[]).unwrap();
+    assert_eq!((run.config.learning_rate, run.config.lora_rank, run.log.rows.len()), (0.008, 4, 2));
+    assert!(Run::open(&output, folder.0.path(), &[], &[]).is_err(), "a replay needs the data");
+}
+
+/// A trainer's log as it grows.
+fn append(path: &std::path::Path, text: &str) {
+    use std::io::Write;
+    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+}
+
+#[test]
+fn a_watched_log_warns_within_a_line_and_survives_truncation_and_rotation() {
+    use spikeprobe::watch::{Event, Tail, Watch};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trainer_log.jsonl");
+    let (mut tail, mut watch) = (Tail::new(&path), Watch::default());
+    assert_eq!(tail.read().unwrap().lines.len(), 0, "not there yet");
+    let smooth: Vec<_> = (1..=30).map(|s| (s, 99, 2.0 - 0.02 * s as f64, 1)).collect();
+    append(&path, &crate::run::log_lines(&smooth));
+    assert_eq!(watch.lines(&tail.read().unwrap().lines), []);
+    // Half a line is not read; its second half completes it, and the spike is told at once.
+    let spike = crate::run::log_lines(&[(31, 99, 6.5, 2)]);
+    append(&path, &spike[..20]);
+    assert_eq!(tail.read().unwrap().lines.len(), 0);
+    append(&path, &spike[20..]);
+    let events = watch.lines(&tail.read().unwrap().lines);
+    assert!(matches!(events.as_slice(), [Event::Spike { step: 31, .. }]), "{events:?}");
+    append(&path, &crate::run::log_lines(&[(32, 99, 6.0, 2)]));
+    assert_eq!(watch.lines(&tail.read().unwrap().lines), [], "told once");
+    // Truncated, then replaced by another file.
+    std::fs::write(&path, crate::run::log_lines(&[(1, 99, 2.0, 1)])).unwrap();
+    let news = tail.read().unwrap();
+    assert!(news.restarted && news.lines.len() == 1);
+    std::fs::write(folder.path().join("new"), crate::run::log_lines(&[(1, 9, 2.0, 1), (2, 9, 1.9, 1)])).unwrap();
+    std::fs::rename(folder.path().join("new"), &path).unwrap();
+    let news = tail.read().unwrap();
+    assert!(news.restarted && news.lines.len() == 2);
+}
+
+#[test]
+fn evidence_is_kept_whole_and_frozen_by_a_spike() {
+    use spikeprobe::watch::Keeper;
+    let folder = tempfile::tempdir().unwrap();
+    let (out, keep) = (folder.path().join("out"), folder.path().join("keep"));
+    let save = |step: u64| {
+        let dir = out.join(format!("checkpoint-{step}"));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("trainer_state.json"), "{}").unwrap();
+    };
+    let mut keeper = Keeper::new(&out, &keep).unwrap();
+    save(10);
+    assert!(keeper.look().unwrap().is_empty(), "it may still be written");
+    assert_eq!(keeper.look().unwrap(), ["checkpoint-10"]);
+    for step in [20, 30] {
+        save(step);
+        keeper.look().unwrap();
+        keeper.look().unwrap();
+    }
+    assert!(!keep.join("checkpoint-10").exists() && keep.join("checkpoint-30/trainer_state.json").exists());
+    keeper.freeze();
+    save(40);
+    keeper.look().unwrap();
+    keeper.look().unwrap();
+    assert!(keep.join("checkpoint-20").exists() && keep.join("checkpoint-40").exists());
+}

@@ -14,7 +14,7 @@ use crate::run::Run;
 /// As typed.
 #[derive(Debug, ClapArgs)]
 pub struct Args {
-    /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one.
+    /// A LLaMA-Factory configuration (YAML or JSON), a folder with exactly one, or a trainer's output folder.
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
     /// Another run to compare with.
@@ -30,7 +30,7 @@ pub struct Args {
 /// # Errors
 /// When a run cannot be read. Data rows that cannot be read are a remark: the log is inspected all the same.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
-    let open = |path: &Path| Run::open(path, &common.root, &[], &common.versions);
+    let open = |path: &Path| Run::open_for_inspection(path, &common.root, &common.versions);
     let run = open(&args.run)?;
     let mut findings = inspect::inspect(&run);
     match Corpus::load(&run, &run.config) {

@@ -11,6 +11,7 @@ mod inspect;
 mod preflight;
 mod replay;
 mod sweep;
+mod watch;
 
 use clap::{Parser, Subcommand};
 
@@ -41,6 +42,8 @@ pub enum Command {
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
     Sweep(sweep::Args),
     Diagnose(diagnose::Args),
+    /// Follow a live log, warn early, keep the evidence.
+    Watch(watch::Args),
 }
 
 /// Runs what was typed.
@@ -57,5 +60,6 @@ pub fn run(options: &Options) -> Result<()> {
         Command::Demo(args) => demo::run(args, common),
         Command::Sweep(args) => sweep::run(args, common),
         Command::Diagnose(args) => diagnose::run(args, common),
+        Command::Watch(args) => watch::run(args, common),
     }
 }

@@ -7,6 +7,7 @@ mod attempts;
 mod checkpoint;
 mod config;
 mod evidence;
+mod find;
 pub mod json;
 mod keys;
 mod log;

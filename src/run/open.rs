@@ -9,7 +9,7 @@ use super::checkpoint::read_training_args;
 use super::settings::Settings;
 use super::state_file::{TrainerLog, TrainerState};
 use super::versions::VersionEvidence;
-use super::{Attempt, Checkpoint, Run, TrainConfig, TrainerSemantics, Versions, keys, log};
+use super::{Attempt, Checkpoint, Run, TrainConfig, TrainerSemantics, Versions, find, keys, log};
 use crate::{Error, Result};
 
 impl Run {
@@ -29,17 +29,39 @@ impl Run {
         overrides: &[(String, String)],
         versions: &[(String, String)],
     ) -> Result<Self> {
-        let config_path = find_config(path)?;
-        let settings = Settings::read(&config_path, overrides)?;
-        keys::check_covered(&settings)?;
+        Self::open_as(path, root, overrides, versions, true)
+    }
+
+    /// Opens a run to look at, not to replay: what a replay does not cover is a remark, and the output folder of a
+    /// trainer without its YAML will do, as far as training_args.bin goes.
+    ///
+    /// # Errors
+    /// As [`Run::open`], less the refusals.
+    pub fn open_for_inspection(path: &Path, root: &Path, versions: &[(String, String)]) -> Result<Self> {
+        Self::open_as(path, root, &[], versions, false)
+    }
+
+    fn open_as(
+        path: &Path,
+        root: &Path,
+        overrides: &[(String, String)],
+        versions: &[(String, String)],
+        strict: bool,
+    ) -> Result<Self> {
+        let (config_path, settings) = find::settings(path, overrides, strict)?;
         let model = BaseConfig::read(&settings, root)?;
-        model.check_rope(&settings)?;
+        let refusal = keys::check_covered(&settings).and_then(|()| model.check_rope(&settings)).err();
         let mut files = OutputFiles::read(&settings, root)?;
+        match refusal {
+            Some(refusal) if strict => return Err(refusal),
+            Some(refusal) => files.remarks.push(format!("a replay would refuse this run: {refusal}")),
+            None => {}
+        }
         let beside = config_path.parent().map(|dir| dir.join("versions.json"));
         let versions = Versions::resolve(versions, beside.as_deref(), &files.evidence(&settings, &model))?;
         let optim = settings.find("optim").and_then(|(v, _)| v.as_str().map(str::to_lowercase));
         let semantics = TrainerSemantics::of(&versions, model.model_type.as_deref(), optim.as_deref().unwrap_or(""));
-        let mut builder = Builder { settings, versions, semantics };
+        let mut builder = Builder { settings, versions, semantics, strict };
         let draft = builder.config(None, &files)?;
         builder.semantics = TrainerSemantics::of(&builder.versions, model.model_type.as_deref(), &draft.optim);
         let processes = files.processes(&draft);
@@ -93,6 +115,8 @@ struct Builder {
     settings: Settings,
     versions: Versions,
     semantics: TrainerSemantics,
+    /// Refuse what a replay does not cover.
+    strict: bool,
 }
 
 impl Builder {
@@ -101,7 +125,9 @@ impl Builder {
             Some(arguments) => self.settings.clone().with_recorded(arguments),
             None => self.settings.clone(),
         };
-        keys::check_covered(&settings)?;
+        if self.strict {
+            keys::check_covered(&settings)?;
+        }
         let written = settings.find(keys::WORLD_SIZE).is_some();
         let mut config = TrainConfig::from_settings(settings, &self.versions, &self.semantics)?;
         if !written && let Some((ranks, origin)) = files.world_size(arguments) {
@@ -261,42 +287,4 @@ fn note<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, remarks: &mut Vec<Str
         return None;
     }
     read(path).map_err(|e| remarks.push(format!("left out: {e}"))).ok()
-}
-
-/// The configuration that `path` means.
-fn find_config(path: &Path) -> Result<PathBuf> {
-    if path.is_file() {
-        return Ok(path.to_owned());
-    }
-    if !path.is_dir() {
-        return Err(Error::input("no such file or folder")
-            .at_path(path)
-            .next("give a LLaMA-Factory YAML or its folder"));
-    }
-    let preferred = path.join("train.yaml");
-    if preferred.is_file() {
-        return Ok(preferred);
-    }
-    let entries = std::fs::read_dir(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
-    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| is_config(p)).collect();
-    found.sort();
-    match found.as_slice() {
-        [one] => Ok(one.clone()),
-        [] => Err(Error::input("the folder holds no configuration")
-            .at_path(path)
-            .next("give the YAML that the run was started with (a file with model_name_or_path, dataset, output_dir)")),
-        several => {
-            let names: Vec<_> = several.iter().filter_map(|p| p.file_name()?.to_str()).collect();
-            Err(Error::input(format!("several configurations: {}", names.join(", ")))
-                .at_path(path)
-                .next("name one of them instead of the folder"))
-        }
-    }
-}
-
-/// A YAML or JSON file that names a model.
-fn is_config(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    matches!(extension, "yaml" | "yml" | "json")
-        && std::fs::read_to_string(path).is_ok_and(|text| text.contains("model_name_or_path"))
 }

@@ -127,13 +127,14 @@ impl TrainerLog {
         for (index, line) in bytes.split(|&b| b == b'\n').enumerate() {
             let line = String::from_utf8_lossy(line);
             if !line.trim().is_empty() {
-                log.add(line.trim(), format!("{name}:{}", index + 1));
+                log.push(line.trim(), format!("{name}:{}", index + 1));
             }
         }
         Ok(log)
     }
 
-    fn add(&mut self, line: &str, source: String) {
+    /// Takes one line of the file; `source` is its place.
+    pub fn push(&mut self, line: &str, source: String) {
         let entry = match super::json::parse(line) {
             Ok(entry) => entry,
             Err(e) => return self.unreadable.push((source, format!("no JSON: {e}"))),
