@@ -180,7 +180,7 @@ fn a_loss_times_the_accumulation_is_named_by_version_and_by_size() {
     let folder =
         with_state("gradient_accumulation_steps: 8\n", versions, &with(20, row(1, json!(25.6252), json!(300.0))));
     folder.write("model/config.json", "{\"model_type\": \"mistral\", \"vocab_size\": 512}");
-    assert!(finding(&folder.open().unwrap(), Code::LossTimesAccumulation).message.contains("3.2032"));
+    assert!(finding(&folder.open().unwrap(), Code::LossTimesAccumulation).message.contains("means 3.203"));
     // A llama whose first loss no cross-entropy over 32000 tokens can be, but an eighth of it can.
     let folder = five("gradient_accumulation_steps: 16\n", &with(20, row(1, json!(69.0), json!(30.0))));
     folder.write("model/config.json", "{\"model_type\": \"llama\", \"vocab_size\": 32000}");
@@ -211,7 +211,7 @@ fn the_fingerprint_names_the_rule_of_a_recorded_window() {
     assert!(matches!(best.rule, Rule::TokenMean | Rule::TokenMeanShifted));
     assert!(best.error < 2e-5, "{best:?}");
     let third = candidates(&window, 3, logged)[2];
-    assert!(third.error > 1e-3, "the other rules do not explain it: {third:?}");
+    assert!(third.error > 1e-4, "the other rules are off by more than ten times the rounding: {third:?}");
 }
 
 #[test]
@@ -297,7 +297,14 @@ fn a_resume_inside_a_later_epoch_depends_on_the_pair_of_versions() {
 
 #[test]
 fn the_configuration_is_linted_with_file_and_line() {
-    let of = |yaml: &str| Folder::new(yaml).open().unwrap();
+    // The folders outlive the findings: lines are looked up in the file.
+    let folders = std::cell::RefCell::new(Vec::new());
+    let of = |yaml: &str| {
+        let folder = Folder::new(yaml);
+        let run = folder.open().unwrap();
+        folders.borrow_mut().push(folder);
+        run
+    };
     let run = of("learning_rate: 5e-4\ngradient_accumulation_steps: 8\nmax_grad_norm: 0\nlogging_steps: 10\n");
     for (code, line) in [
         (Code::HighLearningRate, 7),

@@ -129,7 +129,7 @@ fn early_end(run: &Run) -> Option<Finding> {
     let batches = batches_per_epoch(&run.log.rows, run.config.gradient_accumulation_steps)?;
     // Less than one micro-batch short is rounding.
     let missing = ((asked - reached) * batches).round();
-    if !done || missing < 1.0 {
+    if !done || missing < 1.0 || run.semantics.windows == WindowRule::Ceil {
         return None;
     }
     Some(Finding::new(
