@@ -300,6 +300,15 @@ fn a_batch_that_is_always_hard_and_did_no_harm_is_none_but_not_where_it_did_harm
 }
 
 #[test]
+fn a_window_that_is_always_high_because_another_leaked_into_it_is_bookkeeping() {
+    let mut evidence = reproduced(&[(Cause::TrainerBookkeeping, 0.0)]);
+    evidence.window_always_high = true;
+    evidence.harmful = false;
+    let verdict = judge(&evidence);
+    assert_eq!((verdict.cause, verdict.harmful), (Cause::TrainerBookkeeping, false));
+}
+
+#[test]
 fn what_cannot_be_replayed_is_undetermined_and_says_so() {
     let mut evidence = reproduced(&[]);
     evidence.baseline.height = None;

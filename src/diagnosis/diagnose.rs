@@ -6,10 +6,11 @@ use super::detect::{self, Found};
 use super::height::{self, Point};
 use super::investigate::{Budget, Investigation, PAST, investigate};
 use super::laboratory::{Laboratory, Subject, step_of};
-use super::{Cause, CertificateSummary, Confidence, Diagnosis, Envelope, Finding, RowBlame, SCHEMA, SiteBlame, Spike};
-use super::{Experiment, Fix, SpikeKind, Verdict, departure, fix, shares, stall, verdict};
+use super::{Cause, CertificateSummary, Confidence, Diagnosis, Envelope, Finding, RowBlame, SCHEMA, Spike};
+use super::{Experiment, Fix, SpikeKind, Verdict, departure, fix, mechanism, shares, stall, verdict};
 use crate::error::Kind;
-use crate::replay::Start;
+use crate::probe::Measurement;
+use crate::replay::{Start, StepRecord};
 use crate::{Error, Result};
 
 /// What the user asked for.
@@ -29,11 +30,21 @@ const OTHERS: usize = 6;
 /// Steps replayed for the certificate of a log without spikes.
 const CERTIFIED: u64 = 8;
 
+/// A diagnosis and what its report shows beside it.
+#[derive(Debug)]
+pub struct Answer {
+    pub diagnosis: Diagnosis,
+    /// The unchanged replay around the highest spike.
+    pub baseline: Vec<StepRecord>,
+    /// Every site at the spike's step.
+    pub measured: Vec<Measurement>,
+}
+
 /// Diagnoses a run.
 ///
 /// # Errors
 /// Ctrl-C. What cannot be replayed leaves the verdict open and says so in the findings.
-pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Options) -> Result<Diagnosis> {
+pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Options) -> Result<Answer> {
     let mut budget = Budget::new(options.windows, options.seconds);
     let mut found = detect::spikes(&subject.rows, &subject.context(options.vocab_size));
     rank(&mut found, options.spike);
@@ -96,7 +107,7 @@ fn assemble(
     found: &[Found],
     looked_into: Vec<(Found, Investigation)>,
     budget: &mut Budget,
-) -> Result<Diagnosis> {
+) -> Result<Answer> {
     let mut spikes: Vec<Spike> = Vec::new();
     let mut rows: Vec<RowBlame> = Vec::new();
     let top = verdict::judge(&looked_into[0].1.evidence);
@@ -126,10 +137,14 @@ fn assemble(
         false => None,
     };
     let certificate = certificate(subject, &first);
-    Ok(Diagnosis {
+    let measured = match &first.start {
+        Some(start) if top.cause != Cause::None => measured(lab, start, spike.step)?,
+        _ => Vec::new(),
+    };
+    let diagnosis = Diagnosis {
         schema: SCHEMA.to_string(),
         shares: shares_of(&first),
-        sites: sites(&first),
+        sites: mechanism::sites(&first.baseline, spike.step, &measured),
         findings: findings(&first),
         fault: first.evidence.fault.filter(|_| top.cause == Cause::Hardware),
         experiments: first.experiments,
@@ -139,7 +154,17 @@ fn assemble(
         fix,
         certificate,
         windows_replayed: budget.used,
-    })
+    };
+    Ok(Answer { diagnosis, baseline: first.baseline, measured })
+}
+
+fn measured(lab: &mut dyn Laboratory, start: &Start, step: u64) -> Result<Vec<Measurement>> {
+    match lab.measure(start, step) {
+        Err(error) if error.kind == Kind::Interrupted => Err(error),
+        // The verdict stands without the map of sites.
+        Err(_) => Ok(Vec::new()),
+        Ok(measured) => Ok(measured),
+    }
 }
 
 fn spike_with(found: &Found, verdict: Verdict) -> Spike {
@@ -165,7 +190,8 @@ fn not_looked_into(found: &Found) -> Verdict {
 }
 
 /// No spike in the log: certify its end, and ask whether a half-precision adapter lost updates.
-fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Diagnosis> {
+fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Answer> {
+    let mut baseline = Vec::new();
     let mut diagnosis = Diagnosis {
         schema: SCHEMA.to_string(),
         spikes: Vec::new(),
@@ -208,10 +234,11 @@ fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut B
             let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
             let differences = departure::differences(&points, &subject.points, subject.rounding());
             diagnosis.certificate = Some(summary_of(subject, &differences, step_of(&start) + 1));
+            baseline = trace.steps;
         }
     }
     diagnosis.windows_replayed = budget.used;
-    Ok(diagnosis)
+    Ok(Answer { diagnosis, baseline, measured: Vec::new() })
 }
 
 fn not_replayed(error: &Error) -> Finding {
@@ -278,30 +305,6 @@ fn shares_of(investigation: &Investigation) -> BTreeMap<String, f64> {
         }
     }
     shares::shapley(&removed, &BTreeMap::new())
-}
-
-/// What the step records themselves show of the mechanism.
-fn sites(investigation: &Investigation) -> Vec<SiteBlame> {
-    let step = investigation.evidence.step;
-    let Some(record) = investigation.baseline.iter().find(|r| r.step == step) else { return Vec::new() };
-    let mut all = Vec::new();
-    let total: f64 = record.micro_batches.iter().map(|m| m.grad_norm.powi(2)).sum();
-    for (index, micro) in record.micro_batches.iter().enumerate() {
-        let share = micro.grad_norm.powi(2) / total;
-        if micro.nonfinite > 0 || share > 0.5 && record.micro_batches.len() > 1 {
-            let measured = BTreeMap::from([
-                ("gradient_share".to_string(), crate::diagnosis::number::json(share)),
-                ("mean_loss".to_string(), crate::diagnosis::number::json(micro.mean_loss)),
-                ("nonfinite".to_string(), serde_json::json!(micro.nonfinite)),
-            ]);
-            let message = match micro.nonfinite {
-                0 => format!("carries {:.0} % of the window's squared gradient", 100.0 * share),
-                n => format!("{n} gradient elements are not finite"),
-            };
-            all.push(SiteBlame { site: format!("micro-batch {index}"), step, message, measured });
-        }
-    }
-    all
 }
 
 /// An experiment as the fix's proof.

@@ -8,6 +8,7 @@ use crate::batches::{Corpus, RowId};
 use crate::device::DType;
 use crate::device::Device;
 use crate::model::PrecisionPlan;
+use crate::probe::{Measurement, Probes};
 use crate::replay::{Intervention, Start, Trace};
 use crate::replay::{Observer, Replayer, Silent};
 use crate::run::{AdapterWeights, LogRow, Run};
@@ -27,6 +28,12 @@ pub trait Laboratory {
     /// # Errors
     /// What cannot be replayed.
     fn adapter(&mut self, start: &Start, at: u64, changes: &[Intervention]) -> Result<AdapterWeights>;
+
+    /// What every site of the model saw at `step` of the unchanged replay.
+    ///
+    /// # Errors
+    /// What cannot be replayed.
+    fn measure(&mut self, start: &Start, step: u64) -> Result<Vec<Measurement>>;
 }
 
 /// The real one.
@@ -49,6 +56,30 @@ impl Laboratory for ReplayLaboratory<'_> {
         let mut keeper = Keeper { at, adapter: None };
         self.replayer.replay(start, at, changes, &mut keeper)?;
         keeper.adapter.ok_or_else(|| Error::internal(format!("the replay to step {at} gave no state")))
+    }
+
+    fn measure(&mut self, start: &Start, step: u64) -> Result<Vec<Measurement>> {
+        let mut meter = Meter { at: step, measured: Vec::new() };
+        self.replayer.replay(start, step, &[], &mut meter)?;
+        Ok(meter.measured)
+    }
+}
+
+/// Measures one step.
+struct Meter {
+    at: u64,
+    measured: Vec<Measurement>,
+}
+
+impl Observer for Meter {
+    fn probes(&mut self, step: u64) -> Probes {
+        if step == self.at { Probes::PerSite } else { Probes::Off }
+    }
+    fn measured(&mut self, step: u64, measurements: &[Measurement]) -> Result<()> {
+        if step == self.at {
+            self.measured = measurements.to_vec();
+        }
+        Ok(())
     }
 }
 

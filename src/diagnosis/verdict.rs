@@ -47,7 +47,8 @@ fn decide(evidence: &Evidence, sufficient: &[&Trial]) -> (Cause, Confidence) {
         return (Cause::None, Confidence::Strong);
     }
     // Hard rows are not a fault: they were as hard before, and training went on undisturbed.
-    if evidence.window_always_high && !evidence.harmful {
+    let in_the_window = |t: &&Trial| t.cause < Cause::OptimizerState;
+    if evidence.window_always_high && !evidence.harmful && !sufficient.first().is_some_and(in_the_window) {
         return (Cause::None, Confidence::Moderate);
     }
     match sufficient.first() {
