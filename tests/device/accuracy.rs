@@ -154,20 +154,18 @@ fn attention(device: &dyn Device) {
                     }
                 }
             }
-            // Operands reach 2, so scores reach 18 in size and their rounding moves a probability by up to 18·e·hd;
-            // P, dP − delta and sums over at most 65 rows and 2 heads are rounded to the dtype a few times each.
+            // Operands reach 2 and scores 18: a score is off by up to 18·hd·e, a probability by as much relatively,
+            // besides the exponential's own error. o is a mean of values of v (≤ 2) and is rounded once more.
             let u = half_ulp(dtype);
-            let scores = 18.0 * hd as f64 * E;
-            let approximation = if dtype == DType::F32 { 24.0 * 2.0 * E } else { 1.1e-4 };
-            let relative = 2.0 * u + scores + approximation;
-            let most = [2.0 * relative, 20.0 * E + 20.0 * E * hd as f64 + approximation];
+            let exponential = if dtype == DType::F32 { 48.0 * E } else { 1.1e-4 };
+            let relative = 2.0 * u + 18.0 * hd as f64 * E + exponential;
+            let lse = 20.0 * E * (hd as f64 + 1.0) + exponential;
             for (i, name) in ["o", "lse", "dq", "dk", "dv"].iter().enumerate() {
-                let most = match i {
-                    0 | 1 => most[i] * 2.0,
-                    _ => 200.0 * relative,
-                };
+                // ds = p·(dp − delta) takes the difference of two sums of hd products, each rounded once or twice, of
+                // up to the size of the largest gradient times the condition 1/(1 − max p): bounded by 20 here.
                 let largest = want[i].iter().fold(0f64, |m, x| m.max(x.abs()));
-                let most = vec![most * if i < 2 { 1.0 } else { largest / 10.0 }; want[i].len()];
+                let most = [4.0 * relative, 2.0 * lse, 20.0 * relative * largest][i.min(2)];
+                let most = vec![most; want[i].len()];
                 within(&format!("{name} {dtype:?} window {window:?}"), &got[i], &want[i], &most);
             }
         }

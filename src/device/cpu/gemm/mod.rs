@@ -41,12 +41,15 @@ pub struct Product<'a> {
 impl CpuDevice {
     /// Computes `product` into `c` [m, n].
     pub fn gemm(&self, product: &Product<'_>, c: &mut [f32]) {
+        self.gemm_with(&Kernel::best(product.compute), product, c);
+    }
+
+    fn gemm_with(&self, kernel: &Kernel, product: &Product<'_>, c: &mut [f32]) {
         assert_eq!(c.len(), product.m * product.n);
         if c.is_empty() {
             return;
         }
-        let kernel = Kernel::best(product.compute);
-        let plan = Plan::new(product, &kernel);
+        let plan = Plan::new(product, kernel);
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
         {
@@ -55,7 +58,7 @@ impl CpuDevice {
                 let first = panel * kernel.rows;
                 // SAFETY: one task per panel.
                 let out = unsafe { packed.panel(panel) };
-                pack::pack(plan.a, first..(first + kernel.rows).min(plan.m), 0..product.k, kernel.rows, &kernel, out);
+                pack::pack(plan.a, first..(first + kernel.rows).min(plan.m), 0..product.k, kernel.rows, kernel, out);
             });
         }
         let (row_tasks, column_tasks) = self.cut(&plan);
@@ -224,6 +227,58 @@ fn block(plan: &Plan<'_>, packed_a: &[u32], rows: Range<usize>, columns: Range<u
                     kernel.tile(a, b, &tile, part.start > 0, finish);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rounding;
+    use super::super::simd::{Level, level};
+    use super::super::values::Elements;
+    use super::*;
+    use crate::device::noise::symmetric;
+
+    /// C of a product at a level, over values rounded to bf16.
+    fn at(level: Level, compute: Compute, (m, n, k): (usize, usize, usize)) -> Vec<f32> {
+        let device = CpuDevice::new(Some(2)).expect("two threads");
+        let draw = |n: usize, seed| (0..n).map(|i| rounding::bf16(symmetric(seed, 0, i as u64))).collect::<Vec<f32>>();
+        let (a, b) = (draw(m * k, 1), draw(n * k, 2));
+        let view = |x| Matrix { elements: Elements::Wide(x), at: 0, lane: k, depth: 1, dtype: DType::BF16 };
+        let product = Product { m, n, k, a: view(&a), b: view(&b), compute, bias: None, out: DType::F32 };
+        let mut c = vec![f32::NAN; m * n];
+        device.gemm_with(&Kernel::at(level, compute), &product, &mut c);
+        c
+    }
+
+    const SHAPES: [(usize, usize, usize); 6] =
+        [(1, 1, 0), (1, 1, 1), (7, 65, 33), (65, 7, 900), (100, 300, 1000), (14, 32, 384)];
+
+    #[test]
+    fn every_instruction_set_gives_the_same_f32_bits() {
+        for shape in SHAPES {
+            let plain = at(Level::Baseline, Compute::F32, shape);
+            for better in [Level::Avx2, Level::Avx512, Level::Avx512Bf16].into_iter().filter(|&l| l <= level()) {
+                let fast = at(better, Compute::F32, shape);
+                let same = plain.iter().zip(&fast).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{shape:?} at {}", better.name());
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_bf16_sum_as_accurately_as_f32() {
+        if level() < Level::Avx512Bf16 {
+            println!("skipped: this processor has no AVX512-BF16");
+            return;
+        }
+        for shape in SHAPES {
+            let plain = at(Level::Baseline, Compute::Bf16, shape);
+            let pairs = at(Level::Avx512Bf16, Compute::Bf16, shape);
+            // Both orders are within k·2^-24·Σ|a·b| of the exact sum, and Σ|a·b| ≤ k.
+            let most = 2.0 * (shape.2 * shape.2) as f32 * f32::EPSILON / 2.0;
+            let close = plain.iter().zip(&pairs).all(|(a, b)| (a - b).abs() <= most);
+            assert!(close, "{shape:?}");
         }
     }
 }
