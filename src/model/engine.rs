@@ -10,7 +10,7 @@ use super::held::{Held, WeightFlip};
 use super::{Adapter, BaseModel, Gradients, ModelConfig, PrecisionPlan, Ragged, RopeTables, block, head};
 use crate::device::{DType, Device, Tensor};
 use crate::probe::{Measurement, Probes, Recorder, Site};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// A base model on a device in one precision. Immutable; shared by every replay of a run.
 pub struct Engine {
@@ -216,6 +216,8 @@ fn run_chunk(
     let mut kept = Vec::new();
     let mut h = context.embed()?;
     for layer in 0..context.config.layers {
+        // A block of a large model takes seconds; an interrupted pass returns nothing, so nothing is left half done.
+        interrupt::check()?;
         h = context.perturb(layer, h)?;
         let (out, saved) = block::forward(context, layer, &h)?;
         if backward.is_some() {
@@ -231,6 +233,7 @@ fn run_chunk(
     let unmeasured = Recorder::default();
     let silent = context.recording(&unmeasured);
     while let Some(last) = kept.pop() {
+        interrupt::check()?;
         let layer = kept.len();
         let saved = match last {
             Kept::Saved(saved) => *saved,
