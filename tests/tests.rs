@@ -4,6 +4,7 @@ mod batches; // vectors: orders, splits, ids, labels, windows
 mod cli; // the program as a user types it: exit codes, messages, files
 mod device; // every operation on every device, against f64
 mod diagnosis; // verdicts on scripted evidence and on recorded runs
+mod eval; // eval_loss of checkpoints against transformers
 mod inspect; // log forensics, lint, eval, comparison
 mod model; // forward and backward against PyTorch and candle's autograd
 mod replay; // recorded runs replayed to the numbers in their logs

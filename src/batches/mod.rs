@@ -16,11 +16,13 @@ mod windows;
 use std::ops::Range;
 use std::path::PathBuf;
 
-pub use align::Conversation;
+pub use align::{Aligned, Conversation, align};
 pub use encode::{Element, Encoding, Turn, infer_seqlen};
 pub use plan::Plan;
 pub use random::{Mt19937, numpy_permutation, randperm};
+pub use rows::{Row, Seen, parse as parse_rows};
 pub use shard::Shards;
+pub use source::{Columns, Formatting};
 pub use split::split;
 pub use template::{NAMES, Slot, Template, template};
 pub use tokenizer::Tokenizer;

@@ -29,18 +29,29 @@ pub struct Seen {
 /// The file cannot be read or parsed (with line and column), its format is not covered, or `take` fails.
 pub fn read(file: &Path, seen: &mut Seen, take: &mut dyn FnMut(u32, Row) -> Result<bool>) -> Result<()> {
     let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    let reader = match extension {
-        "json" | "jsonl" => read_json,
-        "csv" => read_csv,
-        "parquet" | "arrow" | "txt" => {
-            return Err(Error::refused(format!("{extension} files are not read"))
-                .at_path(file)
-                .next("convert it to .jsonl, keeping the order of the rows"));
-        }
-        _ => return Err(Error::input(format!("unknown file type `{extension}`")).at_path(file)),
-    };
     let mut opened = File::open(file).map_err(|error| Error::input(error.to_string()).at_path(file))?;
-    reader(&mut opened, &mut Sink { seen, take, stopped: false }).map_err(|error| error.at_path(file))
+    parse(extension, &mut opened, seen, take).map_err(|error| error.at_path(file))
+}
+
+/// [`read`] for text that is already open; `extension` says what it is.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(
+    extension: &str,
+    text: &mut dyn Read,
+    seen: &mut Seen,
+    take: &mut dyn FnMut(u32, Row) -> Result<bool>,
+) -> Result<()> {
+    let mut sink = Sink { seen, take, stopped: false };
+    match extension {
+        "json" | "jsonl" => read_json(text, &mut sink),
+        "csv" => read_csv(text, &mut sink),
+        "parquet" | "arrow" | "txt" => Err(Error::refused(format!("{extension} files are not read"))
+            .next("convert it to .jsonl, keeping the order of the rows")),
+        _ => Err(Error::input(format!("unknown file type `{extension}`"))
+            .next("give `file_name` a .json, .jsonl or .csv file")),
+    }
 }
 
 /// Where rows go, whatever the format.
