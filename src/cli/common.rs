@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::device::Device;
-use crate::replay::{Replayer, Source};
+use crate::replay::{Keeping, Replayer, Source};
 use crate::{Result, output};
 
 /// Options of every subcommand.
@@ -31,6 +31,10 @@ pub struct Common {
     /// Library versions of the run, over what its files say: transformers=4.48.2,accelerate=1.2.1
     #[arg(long, global = true, value_name = "NAME=X.Y.Z,...", value_delimiter = ',', value_parser = parse_version)]
     pub versions: Vec<(String, String)>,
+    /// Folder in which replays of more than 20 s keep states to go on from [default: ~/.cache/spikeprobe];
+    /// `none` keeps nothing.
+    #[arg(long, global = true, value_name = "DIR|none")]
+    pub cache: Option<PathBuf>,
     /// Results only: no progress, no remarks.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
@@ -93,7 +97,17 @@ impl Common {
             root: self.root.clone(),
             overrides: overrides.to_vec(),
             versions: self.versions.clone(),
+            cache: self.cache_folder().map(Keeping::new),
         }
+    }
+
+    /// What `--cache` means; XDG_CACHE_HOME and HOME give the default.
+    fn cache_folder(&self) -> Option<PathBuf> {
+        if let Some(folder) = &self.cache {
+            return (folder.as_os_str() != "none").then(|| folder.clone());
+        }
+        let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache"))).map(|c| c.join("spikeprobe"))
     }
 
     /// Opens a run for replays on the chosen device.

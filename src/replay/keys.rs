@@ -5,6 +5,7 @@
 //! agree up to a step find each other's snapshots, and one that parts from them never does.
 
 use std::path::Path;
+use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
 
@@ -27,7 +28,7 @@ impl Key {
     pub fn of_start(scene: &Scene, start: &Start, state: &TrainState) -> Result<Self> {
         let device = scene.engine.device();
         let mut hash = Sha256::new();
-        hash.update(env!("CARGO_PKG_VERSION"));
+        hash.update(program_identity());
         hash.update(device.fingerprint());
         hash.update(model_identity(&scene.run.path(&scene.run.config.model_name_or_path))?);
         hash.update(format!("{:?}|{start:?}|{}", scene.engine.plan(), state.adapter.scaling));
@@ -88,6 +89,18 @@ impl Key {
         hash.update(format!("resume{kept}{rates:?}"));
         Self(hash.finalize().into())
     }
+
+    /// Hexadecimal, for file names.
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// Version, size and time of this program: another build may compute other bits.
+fn program_identity() -> String {
+    let about = std::env::current_exe().and_then(std::fs::metadata).ok();
+    let time = about.as_ref().and_then(|a| a.modified().ok()).and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    format!("{} {:?} {:?}", env!("CARGO_PKG_VERSION"), about.map(|a| a.len()), time.map(|t| t.as_nanos()))
 }
 
 /// Names, sizes and times of the weight files, and the configuration's text: what changes when a model is replaced,
@@ -100,7 +113,7 @@ fn model_identity(folder: &Path) -> Result<String> {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.ends_with(".safetensors") || name == "config.json" {
             let about = std::fs::metadata(entry.path()).map_err(unreadable)?;
-            let time = about.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+            let time = about.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
             files.push(format!("{name} {} {:?}", about.len(), time.map(|t| t.as_nanos())));
         }
     }

@@ -5,6 +5,7 @@
 //! ```
 //! [`Replayer`] is the library's entrance: experiments ask it for traces and share prefixes through its snapshots.
 
+mod cache;
 mod certificate;
 mod json;
 mod keys;

@@ -3,7 +3,9 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use super::cache::Cache;
 use super::keys::Key;
 use super::scene::{Scene, Segment, Shared};
 use super::{Intervention, MicroRecord, Start, StepRecord, Trace, start, steps};
@@ -27,6 +29,23 @@ pub struct Source {
     pub overrides: Vec<(String, String)>,
     /// `--versions name=x.y.z`.
     pub versions: Vec<(String, String)>,
+    /// Where and how often replays keep states on disk; none: nothing is kept.
+    pub cache: Option<Keeping>,
+}
+
+/// States kept on disk.
+#[derive(Debug, Clone)]
+pub struct Keeping {
+    pub folder: PathBuf,
+    /// Work between two files.
+    pub every: Duration,
+}
+
+impl Keeping {
+    /// In `folder`, whenever [`WORTH_KEEPING`] was spent.
+    pub fn new(folder: PathBuf) -> Self {
+        Self { folder, every: WORTH_KEEPING }
+    }
 }
 
 /// Told of every step of a replay.
@@ -71,6 +90,8 @@ impl Observer for Silent {}
 const SNAPSHOT_EVERY: u64 = 4;
 /// Remembered states at most; beyond it the oldest go.
 const MOST_SNAPSHOTS: usize = 256;
+/// Work worth a file: what a shorter replay would save is less than reading it costs in disk and surprise.
+pub const WORTH_KEEPING: Duration = Duration::from_secs(20);
 
 /// A run ready to be replayed.
 pub struct Replayer {
@@ -194,10 +215,31 @@ impl Replayer {
         let key = Key::of_start(&scene, &begin, &state)?;
         let mut walk = Walk { replayer: self, scene: &scene, interventions, keep, segment, state, key, stale: false };
         let mut steps = Vec::new();
+        let cache = self.source.cache.as_ref().map(|k| Cache::new(&k.folder));
         walk.skip_known(to, shown_from, observer, &mut steps)?;
+        // Files hold the records since the start, so they help only where memory did not.
+        let mut since_start = Vec::new();
+        let mut keeps = cache.filter(|_| walk.state.step + 1 == first);
+        if let Some(cache) = &keeps {
+            since_start = walk.skip_kept(cache, to, observer)?;
+            for record in since_start.iter().filter(|r| r.step >= shown_from) {
+                observer.step(record)?;
+                steps.push(record.clone());
+            }
+        }
+        let every = self.source.cache.as_ref().map_or(WORTH_KEEPING, |k| k.every);
+        let mut kept = Instant::now();
         while walk.state.step < to {
-            interrupt::check()?;
+            if let Err(e) = interrupt::check() {
+                walk.keep_file(&mut keeps, &since_start);
+                return Err(e);
+            }
             let record = walk.step(observer)?;
+            since_start.push(record.clone());
+            if kept.elapsed() > every {
+                walk.keep_file(&mut keeps, &since_start);
+                kept = Instant::now();
+            }
             if record.step >= shown_from {
                 observer.step(&record)?;
                 steps.push(record);
@@ -346,6 +388,42 @@ impl<'a> Walk<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Jumps to the latest state that a file holds; returns the records of the steps up to it.
+    fn skip_kept(&mut self, cache: &Cache, to: u64, observer: &mut dyn Observer) -> Result<Vec<StepRecord>> {
+        let mut ahead = Walk { state: self.state.clone(), ..*self };
+        let mut found = None;
+        while ahead.state.step < to {
+            ahead.enter_segment()?;
+            let planned = ahead.plan(&ahead.state)?;
+            let next = ahead.state.step + 1;
+            if observer.probes(next) != Probes::Off || observer.wants_state(next) {
+                break;
+            }
+            ahead.key = planned.key;
+            ahead.state.step = next;
+            ahead.state.schedule_steps += 1;
+            ahead.state.stored_learning_rates = None;
+            if cache.has(&ahead.key) {
+                found = Some((ahead.key, ahead.segment));
+            }
+        }
+        let device = self.scene.engine.device();
+        let Some((key, segment)) = found else { return Ok(Vec::new()) };
+        let Some((state, records)) = cache.read(&key, device, &self.state) else { return Ok(Vec::new()) };
+        (self.state, self.key, self.segment) = (state, key, segment);
+        Ok(records)
+    }
+
+    /// Writes the state; a folder that cannot be written switches keeping off, which costs time but no result.
+    fn keep_file(&self, cache: &mut Option<Cache>, records: &[StepRecord]) {
+        if let Some(folder) = cache
+            && !self.stale
+            && folder.write(&self.key, self.scene.engine.device(), &self.state, records).is_err()
+        {
+            *cache = None;
+        }
     }
 
     /// Runs the next step.

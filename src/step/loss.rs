@@ -81,6 +81,16 @@ impl RunningLoss {
         Self { filtered: zero.clone(), raw: zero, last_logged: step }
     }
 
+    /// (filtered, raw, step of the last log line), for keeping a state.
+    pub fn parts(&self) -> (&[f32], &[f32], u64) {
+        (&self.filtered, &self.raw, self.last_logged)
+    }
+
+    /// The inverse of [`RunningLoss::parts`].
+    pub fn of_parts(filtered: Vec<f32>, raw: Vec<f32>, last_logged: u64) -> Self {
+        Self { filtered, raw, last_logged }
+    }
+
     /// Adds one micro-batch; `step`: optimizer steps done before it. With `filter` (logging_nan_inf_filter) a
     /// non-finite loss adds the average of the window so far instead.
     pub fn add(&mut self, rank: usize, loss: f32, step: u64, filter: bool) {

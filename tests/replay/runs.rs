@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use spikeprobe::device::Device;
 use spikeprobe::replay::{
-    Envelope, Intervention, Observer, Replayer, Reproduction, Silent, Source, Start, StepRecord, certify, relative,
+    Envelope, Intervention, Keeping, Observer, Replayer, Reproduction, Silent, Source, Start, StepRecord, certify,
+    relative,
 };
 use spikeprobe::run::{AdapterWeights, LogRow};
 use spikeprobe::step::TrainState;
@@ -221,4 +222,28 @@ fn steps_that_do_not_exist_are_named() {
     assert!(far.contains("99") && far.contains("24"), "{far}");
     let none = replayer.replay(&Start::Checkpoint(7), 9, &[], &mut Silent).expect_err("no checkpoint-7").to_string();
     assert!(none.contains("checkpoint-7") && none.contains("checkpoints on disk"), "{none}");
+}
+
+#[test]
+fn a_replay_goes_on_from_a_state_kept_on_disk() {
+    let folder = tempfile::tempdir().expect("folder");
+    let open = || {
+        let root = folder_of_demo();
+        let cache = Some(Keeping { folder: folder.path().to_owned(), every: std::time::Duration::ZERO });
+        let source = Source { path: root.join(DEMO), root, cache, ..Source::default() };
+        Replayer::open(source, spikeprobe::device::open("cpu", Some(2)).expect("cpu")).expect("open")
+    };
+    let plain = replay(&self::open(DEMO), Start::Initial, 3, &[]);
+    assert_eq!(replay(&open(), Start::Initial, 2, &[]), plain[..2]);
+    let files = || std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect::<Vec<_>>();
+    assert_eq!(files().len(), 2);
+    assert_eq!(replay(&open(), Start::Initial, 3, &[]), plain, "from the file");
+    for file in files() {
+        std::fs::write(file, b"damaged").expect("write");
+    }
+    assert_eq!(replay(&open(), Start::Initial, 3, &[]), plain, "a damaged file counts as absent");
+}
+
+fn folder_of_demo() -> PathBuf {
+    folder(DEMO)
 }
