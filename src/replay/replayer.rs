@@ -88,8 +88,8 @@ impl Observer for Silent {}
 
 /// Between two remembered states; the steps between are replayed again when an experiment parts there.
 const SNAPSHOT_EVERY: u64 = 4;
-/// Remembered states at most; beyond it the oldest go.
-const MOST_SNAPSHOTS: usize = 256;
+/// Bytes of remembered states; beyond it the oldest go.
+const MEMORY_BUDGET: usize = 1 << 30;
 /// Work worth a file: what a shorter replay would save is less than reading it costs in disk and surprise.
 pub const WORTH_KEEPING: Duration = Duration::from_secs(20);
 
@@ -471,9 +471,10 @@ impl<'a> Walk<'a> {
         let mut memory = self.replayer.memory();
         if memory.states.insert(self.key, self.state.clone()).is_none() {
             memory.order.push_back(self.key);
-            if memory.order.len() > MOST_SNAPSHOTS
-                && let Some(oldest) = memory.order.pop_front()
-            {
+            // Every state of a run has the same size; the newest stays whatever its size.
+            let most = (MEMORY_BUDGET / self.state.bytes().max(1)).max(1);
+            while memory.order.len() > most {
+                let Some(oldest) = memory.order.pop_front() else { break };
                 memory.states.remove(&oldest);
             }
         }

@@ -30,6 +30,12 @@ pub struct TrainState {
 }
 
 impl TrainState {
+    /// Memory that the tensors take, f32 as the CPU holds them.
+    pub fn bytes(&self) -> usize {
+        let moments = self.moments.iter().flat_map(|m| [&m.exp_avg, &m.exp_avg_sq]);
+        self.adapter.matrices().chain(moments).map(|t| 4 * t.elements()).sum()
+    }
+
     /// SHA-256 over every bit of the state, for caches and for tests of determinism.
     ///
     /// # Errors
