@@ -13,6 +13,7 @@ mod replayer;
 mod scene;
 mod start;
 mod steps;
+mod walk;
 
 pub use certificate::*;
 pub use json::{certificate_json, step_json, trace_json};
