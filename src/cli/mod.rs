@@ -3,6 +3,7 @@
 //! To add a subcommand: a file with `Args` (what is typed) and `run(&Args, &Common)`, its `mod` line, a variant of
 //! [`Command`] and its arm in [`run`].
 
+mod bench;
 mod common;
 pub mod demo;
 mod diagnose;
@@ -44,6 +45,8 @@ pub enum Command {
     Diagnose(diagnose::Args),
     /// Follow a live log, warn early, keep the evidence.
     Watch(watch::Args),
+    /// fp16 against bf16 against fp32: which precision is safe for this run, with which loss scale, and why.
+    Bench(bench::Args),
 }
 
 /// Runs what was typed.
@@ -61,5 +64,6 @@ pub fn run(options: &Options) -> Result<()> {
         Command::Sweep(args) => sweep::run(args, common),
         Command::Diagnose(args) => diagnose::run(args, common),
         Command::Watch(args) => watch::run(args, common),
+        Command::Bench(args) => bench::run(args, common),
     }
 }

@@ -137,6 +137,10 @@ impl Replayer {
     pub fn device(&self) -> &dyn Device {
         &*self.shared.device
     }
+    /// The device, to make other engines on it.
+    pub fn shared_device(&self) -> Arc<dyn Device> {
+        Arc::clone(&self.shared.device)
+    }
     /// The run without interventions.
     pub fn scene(&self) -> &Scene {
         &self.scene

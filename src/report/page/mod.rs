@@ -14,7 +14,7 @@ use crate::diagnosis::{Diagnosis, Spike};
 use crate::replay::StepRecord;
 use crate::run::LogRow;
 
-pub use ranges::{Pass, SiteRange};
+pub use ranges::{Pass, SiteRange, map as range_map};
 pub use words::{cause_title, changes_line, value_text};
 
 /// Everything a report shows. Borrowed from the stages that made it; `ranges` and `rows` may be empty.

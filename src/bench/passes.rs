@@ -1,0 +1,211 @@
+//! Single passes at states of the run: gradients in every precision against the reference, the loss scale that
+//! fails, and what Adam's update would do to weights of another dtype.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::measure::{ErrorSums, Lost, adam_direction, half_lost_below};
+use super::reference::Reference;
+use super::trajectory::plan;
+use super::{GradientError, LostUpdates, ScaleLimit};
+use crate::device::{DType, Device};
+use crate::model::{BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Ragged};
+use crate::probe::Probes;
+use crate::replay::Replayer;
+use crate::step::{Rule, TrainState};
+use crate::{Error, Result};
+
+/// Gradients of one precision against the reference.
+pub struct Compared {
+    pub total: GradientError,
+    pub matrices: Vec<(String, GradientError)>,
+    pub milliseconds: f64,
+}
+
+/// Scale of fp16's backward pass in the comparison: GradScaler's first (torch default), halved until it fits.
+const FIRST_SCALE: f64 = 65536.0;
+/// Largest finite fp16 number.
+pub const FP16_MAX: f64 = 65504.0;
+/// Multiply-adds that the reference may spend on one window; beyond it only the first micro-batches are compared.
+const REFERENCE_BUDGET: f64 = 2e10;
+
+/// A window with the seeds of its losses.
+struct Work<'s> {
+    state: &'s TrainState,
+    batch: Ragged,
+    seeds: Vec<f32>,
+}
+
+fn work<'s>(replayer: &Replayer, state: &'s TrainState) -> Result<Work<'s>> {
+    let scene = replayer.scene();
+    let segment =
+        scene.segment(state.step).ok_or_else(|| Error::internal(format!("no segment for step {}", state.step)))?;
+    let mut micro_batches = segment.plan.window(state.step)?.micro_batches;
+    let weights: usize =
+        state.adapter.modules.len().max(1) * scene.engine.config().hidden * scene.engine.config().intermediate;
+    let mut tokens = 0f64;
+    let within = micro_batches.iter().position(|m| {
+        tokens += m.examples.iter().map(|&e| scene.corpus.train[e].input_ids.len()).sum::<usize>() as f64;
+        tokens * weights as f64 * 3.0 > REFERENCE_BUDGET
+    });
+    micro_batches.truncate(within.unwrap_or(micro_batches.len()).max(1));
+    let batch = Ragged::of(&scene.corpus, &micro_batches)?;
+    let labels = batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
+    let seeds = micro_batches.iter().zip(labels).map(|(m, c)| segment.rules.loss.of(&m.fetched, c).seed).collect();
+    Ok(Work { state, batch, seeds })
+}
+
+impl Work<'_> {
+    /// Gradients per matrix, loss scale included.
+    fn pass(&self, engine: &Engine, scale: f64, probes: Probes) -> Result<(Vec<Vec<f32>>, PassOutput)> {
+        let device = engine.device();
+        let seeds: Vec<f32> = self.seeds.iter().map(|s| s * scale as f32).collect();
+        let mut gradients = Gradients::zeros(device, &self.state.adapter)?;
+        let options = PassOptions { probes, ..PassOptions::default() };
+        let output = engine.pass(&self.state.adapter, &self.batch, &seeds, &options, &mut gradients)?;
+        let values = gradients.tensors.iter().map(|t| device.download(t)).collect::<Result<_>>()?;
+        Ok((values, output))
+    }
+}
+
+fn nonfinite(gradients: &[Vec<f32>]) -> u64 {
+    gradients.iter().flatten().filter(|g| !g.is_finite()).count() as u64
+}
+
+/// The run's base model on a device in a precision.
+fn engine(replayer: &Replayer, device: Arc<dyn Device>, plan: PrecisionPlan) -> Result<Engine> {
+    let run = replayer.run();
+    let base = Arc::new(BaseModel::open(&run.path(&run.config.model_name_or_path))?);
+    Engine::new(device, base, plan)
+}
+
+/// Every precision at every state.
+///
+/// # Errors
+/// Those of the passes.
+pub fn gradients(
+    replayer: &Replayer,
+    states: &[TrainState],
+    precisions: &[String],
+    told: &dyn Fn(&str),
+) -> Result<Vec<Compared>> {
+    let device = replayer.shared_device();
+    let reference = engine(replayer, Arc::new(Reference { inner: Arc::clone(&device) }), PrecisionPlan::F32)?;
+    told("reference gradients with f64 accumulation");
+    let works = states.iter().map(|s| work(replayer, s)).collect::<Result<Vec<_>>>()?;
+    let mut exact = Vec::new();
+    for work in &works {
+        exact.push(work.pass(&reference, 1.0, Probes::Off)?.0);
+    }
+    let mut all = Vec::new();
+    for name in precisions {
+        told(&format!("{name}: gradients"));
+        let engine = engine(replayer, Arc::clone(&device), plan(replayer.run().precision()?.plan, name))?;
+        all.push(compare(&engine, name, &works, &exact)?);
+    }
+    Ok(all)
+}
+
+fn compare(engine: &Engine, name: &str, works: &[Work<'_>], exact: &[Vec<Vec<f32>>]) -> Result<Compared> {
+    let count = exact.first().map_or(0, Vec::len);
+    let mut matrices = vec![ErrorSums::default(); count];
+    let mut milliseconds = 0.0;
+    for (work, exact) in works.iter().zip(exact) {
+        let mut scale = if name == "fp16" { FIRST_SCALE } else { 1.0 };
+        let began = Instant::now();
+        let mut values = work.pass(engine, scale, Probes::Off)?.0;
+        milliseconds += began.elapsed().as_secs_f64() * 1e3 / works.len() as f64;
+        // As the scaler would: halve until the gradient is finite.
+        while name == "fp16" && nonfinite(&values) > 0 && scale > 1.0 {
+            scale /= 2.0;
+            values = work.pass(engine, scale, Probes::Off)?.0;
+        }
+        for ((sums, values), exact) in matrices.iter_mut().zip(&values).zip(exact) {
+            sums.add(&ErrorSums::of(values, exact, 1.0 / scale));
+        }
+    }
+    let mut total = ErrorSums::default();
+    matrices.iter().for_each(|m| total.add(m));
+    let names = works.first().map_or(vec![], |w| matrix_names(w.state));
+    let matrices = names.into_iter().zip(matrices.iter().map(ErrorSums::error)).collect();
+    Ok(Compared { total: total.error(), matrices, milliseconds })
+}
+
+fn matrix_names(state: &TrainState) -> Vec<String> {
+    let of = |path: &str| [format!("{path} lora_A"), format!("{path} lora_B")];
+    state.adapter.modules.iter().flat_map(|m| of(&m.projection.path(m.layer))).collect()
+}
+
+/// Predicts the loss scale at which fp16's backward pass overflows, and tries half and twice of it.
+///
+/// A backward tensor grows in proportion to the scale, so the scale that fails is 65504 over the largest magnitude
+/// at a scale of 1.
+///
+/// # Errors
+/// Those of the passes.
+pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLimit> {
+    let own = replayer.run().precision()?.plan;
+    let half = engine(replayer, replayer.shared_device(), plan(own, "fp16_unscaled"))?;
+    let mut lowest: Option<(f64, String, &TrainState)> = None;
+    for state in states {
+        let (values, output) = work(replayer, state)?.pass(&half, 1.0, Probes::PerSite)?;
+        if nonfinite(&values) > 0 {
+            let broken =
+                output.measurements.iter().find(|m| m.statistics.nan + m.statistics.pos_inf + m.statistics.neg_inf > 0);
+            let site = broken.map(|m| m.site.to_string());
+            return Ok(ScaleLimit {
+                fails_at: None,
+                site,
+                step: state.step,
+                confirmed: false,
+                at_half: 0,
+                at_twice: 0,
+            });
+        }
+        let backward = output.measurements.iter().filter(|m| m.site.is_backward() && m.dtype == DType::F16);
+        if let Some(m) = backward.max_by(|a, b| a.statistics.max_abs.total_cmp(&b.statistics.max_abs)) {
+            let fails = FP16_MAX / f64::from(m.statistics.max_abs);
+            if lowest.as_ref().is_none_or(|(l, _, _)| fails < *l) {
+                lowest = Some((fails, m.site.to_string(), state));
+            }
+        }
+    }
+    let (fails_at, site, state) = lowest.ok_or_else(|| Error::internal("no backward site was measured"))?;
+    let work = work(replayer, state)?;
+    let at_half = nonfinite(&work.pass(&half, fails_at / 2.0, Probes::Off)?.0);
+    let at_twice = nonfinite(&work.pass(&half, fails_at * 2.0, Probes::Off)?.0);
+    let confirmed = at_half == 0 && at_twice > 0;
+    Ok(ScaleLimit { fails_at: Some(fails_at), site: Some(site), step: state.step, confirmed, at_half, at_twice })
+}
+
+/// Multiples of the run's learning rate at which lost updates are counted.
+const FACTORS: [f64; 7] = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+
+/// Shares of updates lost to rounding at the last state, by adapter dtype and learning rate; and the run's own rate.
+///
+/// # Errors
+/// Those of the device.
+pub fn lost_updates(replayer: &Replayer, states: &[TrainState]) -> Result<(Vec<LostUpdates>, f64)> {
+    let Some(state) = states.last() else { return Ok((vec![], f64::NAN)) };
+    let scene = replayer.scene();
+    let Some(segment) = scene.segment(state.step) else { return Ok((vec![], f64::NAN)) };
+    let rate = segment.config.learning_rate;
+    let Rule::AdamW { beta1, beta2, epsilon, .. } = segment.rules.optimizer.rule else { return Ok((vec![], rate)) };
+    let device = scene.engine.device();
+    let (mut weights, mut directions) = (Vec::new(), Vec::new());
+    for (matrix, moments) in state.adapter.matrices().zip(&state.moments) {
+        weights.extend(device.download(matrix)?);
+        let (m, v) = (device.download(&moments.exp_avg)?, device.download(&moments.exp_avg_sq)?);
+        directions.extend(adam_direction(&m, &v, (beta1, beta2), epsilon, moments.updates));
+    }
+    let row = |(name, dtype): (&str, DType)| LostUpdates {
+        dtype: name.into(),
+        by_learning_rate: FACTORS
+            .iter()
+            .map(|f| (f * rate, Lost::count(&weights, &directions, f * rate, dtype).share()))
+            .collect(),
+        half_lost_below: half_lost_below(&weights, &directions, dtype),
+    };
+    let dtypes = [("fp32", DType::F32), ("bf16", DType::BF16), ("fp16", DType::F16)];
+    Ok((dtypes.into_iter().map(row).collect(), rate))
+}
