@@ -53,6 +53,14 @@ impl Sweep<'_> {
     fn headline(&self) -> String {
         let stable = self.results.iter().flatten().filter(|r| r.outcome.stable).count();
         let counted = format!("{stable} of {} cells are stable", self.manifest.cells.len() - self.missing());
+        if self.missing() > 0 {
+            let text =
+                format!("{counted}, {} have no result yet: a suggestion follows when all have one.", self.missing());
+            return format!(
+                "<section class=\"headline warn\"><h1>Unfinished</h1><p class=\"summary\">{}</p></section>",
+                escape(&text)
+            );
+        }
         let Some(suggestion) = &self.suggestion else {
             return format!(
                 "<section class=\"headline bad\"><h1>Nothing here is stable</h1><p class=\"summary\">{}: try lower learning \

@@ -26,7 +26,9 @@ pub struct Sweep<'a> {
 impl<'a> Sweep<'a> {
     pub fn new(manifest: &'a Manifest, results: &'a [Option<CellResult>]) -> Self {
         let frontiers = suggest::frontiers(manifest, results);
-        let suggestion = suggest::suggest(manifest, results);
+        // A cell that is still missing may be the unstable neighbour.
+        let complete = results.iter().all(Option::is_some);
+        let suggestion = if complete { suggest::suggest(manifest, results) } else { None };
         Self { manifest, results, frontiers, suggestion }
     }
 

@@ -78,6 +78,9 @@ impl Sweep<'_> {
 
     fn suggestion_lines(&self, style: Style) -> String {
         let Some(suggestion) = &self.suggestion else {
+            if self.missing() > 0 {
+                return String::new();
+            }
             return style.paint(Paint::Bad, "No cell of this grid is stable: try lower learning rates.") + "\n";
         };
         let mut out = format!(
