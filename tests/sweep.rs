@@ -246,7 +246,6 @@ fn the_page_of_a_large_sweep_is_small_and_asks_the_network_for_nothing() {
 }
 
 mod bench {
-    use super::*;
     use spikeprobe::bench::trajectory::{Point, Trajectory};
     use spikeprobe::bench::verdict::decide;
     use spikeprobe::bench::{GradientError, LostUpdates, Precision, ScaleLimit, SiteReport};
