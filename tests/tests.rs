@@ -2,6 +2,7 @@
 
 mod batches; // vectors: orders, splits, ids, labels, windows
 mod cli; // the program as a user types it: exit codes, messages, files
+mod cuda; // every operation on the CPU and on CUDA (or its emulator), the driver's messages, GPU memory
 mod device; // every operation on every device, against f64
 mod diagnosis; // verdicts on scripted evidence and on recorded runs
 mod eval; // eval_loss of checkpoints against transformers

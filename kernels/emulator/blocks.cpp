@@ -1,7 +1,9 @@
 // Runs a grid: blocks one after the other, the threads of a block as fibers that give way at barriers and shuffles.
 //
 // The order of threads and blocks is the schedule, SPIKEPROBE_EMULATOR_SCHEDULE = forward | reverse | shuffle:SEED
-// (default forward): a kernel whose result depends on it is wrong. Shared memory is NaN at the start of every block.
+// (default forward): a kernel whose result depends on it is wrong. Forward and reverse let one warp run as far ahead
+// of the others as barriers allow; shuffle advances all threads from wait to wait, in a new order each time.
+// Shared memory is NaN at the start of every block.
 // A barrier that some threads miss, or two different barriers at once, are errors, as are shuffles without all lanes.
 #include <cstdlib>
 #include <cstring>
@@ -91,6 +93,12 @@ static std::vector<size_t> order(size_t n) {
     return result;
 }
 
+// Whether all warps advance from wait to wait together (shuffle), or one runs ahead of the others (forward, reverse).
+static bool in_step() {
+    static const char* schedule = std::getenv("SPIKEPROBE_EMULATOR_SCHEDULE");
+    return schedule && !std::strncmp(schedule, "shuffle:", 8);
+}
+
 static bool same_place(const Thread& a, const Thread& b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
 
 static std::string place(size_t t) {
@@ -104,24 +112,20 @@ static std::string place(size_t t) {
     }
 }
 
-// Lets warps go whose lanes have all reached the same shuffle.
-static bool release_warps(std::string& error) {
-    bool released = false;
-    for (size_t first = 0; first < thread_count; first += 32) {
-        size_t last = first + 32 < thread_count ? first + 32 : thread_count, waiting = 0;
-        for (size_t t = first; t < last; t++) waiting += threads[t].state == State::at_shuffle;
-        if (waiting < 32) continue;
-        for (size_t t = first; t < last; t++) {
-            if (!same_place(threads[t], threads[first]) || threads[t].mask != 0xFFFFFFFFu) {
-                error = "lanes of a warp meet in different shuffles, or with a partial mask: " + place(first) + ", " + place(t);
-                return false;
-            }
-            threads[t].result = threads[first + ((t - first) ^ threads[t].lanes)].word;
+// Lets the warp of threads first..first+31 go if all its lanes have reached the same shuffle.
+static bool release_warp(size_t first, std::string& error) {
+    size_t last = first + 32 < thread_count ? first + 32 : thread_count, waiting = 0;
+    for (size_t t = first; t < last; t++) waiting += threads[t].state == State::at_shuffle;
+    if (waiting < 32) return false;
+    for (size_t t = first; t < last; t++) {
+        if (!same_place(threads[t], threads[first]) || threads[t].mask != 0xFFFFFFFFu) {
+            error = "lanes of a warp meet in different shuffles, or with a partial mask: " + place(first) + ", " + place(t);
+            return false;
         }
-        for (size_t t = first; t < last; t++) threads[t].state = State::ready;
-        released = true;
+        threads[t].result = threads[first + ((t - first) ^ threads[t].lanes)].word;
     }
-    return released;
+    for (size_t t = first; t < last; t++) threads[t].state = State::ready;
+    return true;
 }
 
 // Lets the block go when all its threads have reached the same barrier.
@@ -141,6 +145,13 @@ __attribute__((no_sanitize_address)) static void poison(char* at, size_t bytes) 
     for (volatile char* p = at; p < at + bytes; p++) *p = (char)0xFF;
 }
 
+static void run_thread(size_t t) {
+    if (threads[t].state != State::ready) return;
+    current_thread = t;
+    thread_index = threads[t].index;
+    resume(threads[t].fiber);
+}
+
 static std::string run_block() {
     poison(current_kernel->shared, current_kernel->shared_bytes);
     for (size_t t = 0; t < thread_count; t++) {
@@ -154,18 +165,25 @@ static std::string run_block() {
         thread.index = {(unsigned)(t % block_dim.x), (unsigned)(t / block_dim.x % block_dim.y),
                         (unsigned)(t / block_dim.x / block_dim.y)};
     }
+    std::string error;
     for (;;) {
-        size_t done = 0;
-        for (size_t t : order(thread_count)) {
-            if (threads[t].state != State::ready) continue;
-            current_thread = t;
-            thread_index = threads[t].index;
-            resume(threads[t].fiber);
+        if (in_step()) {
+            for (size_t t : order(thread_count)) run_thread(t);
+        } else {
+            // A warp runs on alone until it waits for the block: what it may not read or overwrite yet, it does.
+            for (size_t w : order((thread_count + 31) / 32)) {
+                do {
+                    for (size_t t = w * 32; t < w * 32 + 32 && t < thread_count; t++) run_thread(t);
+                } while (release_warp(w * 32, error));
+            }
         }
+        bool released = false;
+        size_t done = 0;
+        for (size_t first = 0; first < thread_count; first += 32) released |= release_warp(first, error);
+        if (!error.empty()) return error;
         for (size_t t = 0; t < thread_count; t++) done += threads[t].state == State::done;
         if (done == thread_count) return "";
-        std::string error;
-        if (!release_warps(error) && (!error.empty() || !release_block(error))) return error;
+        if (!released && !release_block(error)) return error;
     }
 }
 

@@ -1,0 +1,127 @@
+use spikeprobe::device::{DType, Device, Statistics};
+
+use super::on_every_device;
+use super::reference::{DTYPES, download, round, values};
+
+on_every_device! {
+    statistics: statistics_count_exactly_by_unit_cpu, statistics_count_exactly_by_unit_cuda;
+    extremes: sums_of_squares_survive_extremes_cpu, sums_of_squares_survive_extremes_cuda;
+    norms: norms_by_micro_batch_cpu, norms_by_micro_batch_cuda;
+}
+
+/// (smallest normal, rounds to 0, rounds to infinity) of a magnitude, asked of the half crate.
+fn classes(x: f32, target: DType) -> (bool, bool, bool) {
+    let normal = match target {
+        DType::F32 | DType::BF16 => f32::MIN_POSITIVE,
+        DType::F16 => 2f32.powi(-14),
+    };
+    let rounded = round(x, target);
+    (x.abs() < normal, rounded == 0.0, rounded.is_infinite())
+}
+
+fn plain(x: &[f32], target: DType) -> Statistics {
+    let mut s = Statistics { elements: x.len() as u64, ..Statistics::default() };
+    for &x in x {
+        s.nan += x.is_nan() as u64;
+        s.pos_inf += (x == f32::INFINITY) as u64;
+        s.neg_inf += (x == f32::NEG_INFINITY) as u64;
+        if !x.is_finite() {
+            continue;
+        }
+        if x == 0.0 {
+            s.zero += 1;
+            continue;
+        }
+        let (subnormal, underflow, overflow) = classes(x, target);
+        s.subnormal += subnormal as u64;
+        s.underflow += underflow as u64;
+        s.overflow += overflow as u64;
+        s.max_abs = s.max_abs.max(x.abs());
+        s.min_abs = if s.min_abs == 0.0 { x.abs() } else { s.min_abs.min(x.abs()) };
+        s.sum_squares += x as f64 * x as f64;
+        s.sum += x as f64;
+    }
+    s
+}
+
+fn check(got: &Statistics, x: &[f32], target: DType) {
+    let want = plain(x, target);
+    let size: f64 = x.iter().filter(|x| x.is_finite()).map(|x| x.abs() as f64).sum();
+    // Pairs carry about 48 bits within a thread, f64 beyond.
+    assert!((got.sum - want.sum).abs() <= 1e-11 * size, "sum {} against {}", got.sum, want.sum);
+    assert!((got.sum_squares - want.sum_squares).abs() <= 1e-11 * want.sum_squares, "{got:?} against {want:?}");
+    assert_eq!(Statistics { sum: want.sum, sum_squares: want.sum_squares, ..*got }, want, "target {target:?}");
+}
+
+fn statistics(device: &dyn Device) {
+    for (rows, columns) in [(1, 1), (5, 7), (33, 65), (9, 5000)] {
+        for dtype in DTYPES {
+            let mut x = values(rows * columns, 1);
+            let special = [
+                f32::NAN,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                0.0,
+                -0.0,
+                1e-45,
+                1e-41,
+                3e-8,
+                2e-8,
+                6.2e-5,
+                65519.0,
+                65520.0,
+                3.4e38,
+            ];
+            for (i, s) in special.iter().enumerate().filter(|_| rows > 1) {
+                x[(i * 17) % (rows * columns)] = *s;
+            }
+            let tensor = device.upload(&x, &[rows, columns], dtype).expect("upload");
+            let stored = download(device, &tensor);
+            let units = [0, rows / 2, rows / 2, rows]; // the second is empty
+            for target in DTYPES {
+                let got = device.statistics(&tensor, &units, target).expect("statistics");
+                assert_eq!(got.len(), 3);
+                for (u, got) in got.iter().enumerate() {
+                    check(got, &stored[units[u] * columns..units[u + 1] * columns], target);
+                }
+            }
+        }
+    }
+}
+
+fn extremes(device: &dyn Device) {
+    for magnitude in [1e-45f32, 1e-30, 1.0, 1e15, 3e38] {
+        let x = vec![magnitude; 20_000];
+        let tensor = device.upload(&x, &[20, 1000], DType::F32).expect("upload");
+        check(&device.statistics(&tensor, &[0, 20], DType::F32).expect("statistics")[0], &x, DType::F32);
+    }
+    // 2^20 ones: an accumulator in bf16 would stop at 256.
+    let ones = device.upload(&vec![1.0; 1 << 20], &[1 << 10, 1 << 10], DType::BF16).expect("upload");
+    assert_eq!(device.statistics(&ones, &[0, 1 << 10], DType::BF16).expect("statistics")[0].sum, (1 << 20) as f64);
+}
+
+fn norms(device: &dyn Device) {
+    let (rows, columns) = (40, 613);
+    for dtype in DTYPES {
+        let mut x = values(rows * columns, 2);
+        (x[30 * columns], x[31 * columns], x[35 * columns + 1]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+        let tensor = device.upload(&x, &[rows, columns], dtype).expect("upload");
+        let stored = download(device, &tensor);
+        let units = [0, 1, 17, 30, 34, 40];
+        let got = device.norms(&tensor, &units).expect("norms");
+        for (u, &(norm, nonfinite)) in got.iter().enumerate() {
+            let unit = &stored[units[u] * columns..units[u + 1] * columns];
+            let want = unit.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
+            assert_eq!(nonfinite, unit.iter().filter(|x| !x.is_finite()).count() as u64, "unit {u}");
+            let fits = if want.is_finite() {
+                (norm as f64 - want).abs() <= 3e-7 * want
+            } else {
+                norm.is_nan() == want.is_nan() && norm.is_infinite() == want.is_infinite()
+            };
+            assert!(fits, "unit {u}: {norm} against {want}");
+        }
+    }
+    // The sum overflows f32 as PyTorch's does.
+    let large = device.upload(&[1e20; 4], &[1, 4], DType::F32).expect("upload");
+    assert_eq!(device.norms(&large, &[0, 1]).expect("norms"), [(f32::INFINITY, 0)]);
+}
