@@ -301,8 +301,8 @@ __device__ __forceinline__ void key_grad(void* dk, int k_tag, void* dv, int v_ta
         u32 c = lane + i * LANES;
         if (c >= g.dim) continue;
         u64 at = ((u64)key * g.kv_heads + kv_head) * g.dim + c;
-        put(dk, at, rounded(total_k[i], g.result), k_tag);
-        put(dv, at, rounded(total_v[i], g.result), v_tag);
+        put(dk, at, total_k[i], k_tag);
+        put(dv, at, total_v[i], v_tag);
     }
 }
 

@@ -27,12 +27,12 @@ extern "C" __global__ void adamw(void* p, const void* g, int g_tag, void* m, voi
         float gradient = load(g, i, g_tag);
         float weight = round_to(load(p, i, tag) * a.decay, a.each);
         float first = load(m, i, tag), difference = gradient - first;
-        // aten's lerp starts from the other end where the weight is 0.5 or more.
-        first = a.one_minus_beta1 < 0.5f ? first + a.one_minus_beta1 * difference
-                                         : gradient - difference * (1.0f - a.one_minus_beta1);
-        first = round_to(first, tag);
-        float second = round_to(load(v, i, tag) * a.beta2, a.each) + a.one_minus_beta2 * gradient * gradient;
-        second = round_to(second, tag);
+        // aten's lerp starts from the other end where the weight is 0.5 or more. fmaf where its kernels contract.
+        first = a.one_minus_beta1 < 0.5f ? fmaf(a.one_minus_beta1, difference, first)
+                                         : fmaf(a.one_minus_beta1 - 1.0f, difference, gradient);
+        first = round_to(first, a.each);
+        float second = fmaf(a.one_minus_beta2 * gradient, gradient, round_to(load(v, i, tag) * a.beta2, a.each));
+        second = round_to(second, a.each);
         float root = round_to(sqrtf(second), a.each);
         float denominator = round_to(round_to(root / a.root_correction2, a.each) + a.epsilon, a.each);
         store(m, i, first, tag);
@@ -44,7 +44,7 @@ extern "C" __global__ void adamw(void* p, const void* g, int g_tag, void* m, voi
 extern "C" __global__ void sgd(void* p, int p_tag, const void* g, int g_tag, float minus_rate, float weight_decay, u64 n) {
     for (u64 i = global_thread(); i < n; i += all_threads()) {
         float weight = load(p, i, p_tag), gradient = load(g, i, g_tag);
-        if (weight_decay != 0.0f) gradient = round_to(gradient + weight_decay * weight, p_tag);
-        store(p, i, weight + minus_rate * gradient, p_tag);
+        if (weight_decay != 0.0f) gradient = round_to(fmaf(weight_decay, weight, gradient), p_tag);
+        store(p, i, fmaf(minus_rate, gradient, weight), p_tag);
     }
 }

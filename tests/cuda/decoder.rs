@@ -110,8 +110,7 @@ fn gate(device: &dyn Device) {
     for n in [1, 7, 33, 2050] {
         for dtype in DTYPES {
             let mut g = values(n, 1);
-            for (i, x) in
-                [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 80.0, -80.0, 0.0].iter().enumerate().take(n - 1)
+            for (i, x) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 80.0, -80.0, 0.0].iter().enumerate().take(n - 1)
             {
                 g[i] = *x;
             }

@@ -40,11 +40,12 @@ fn adamw_element(p: f32, g: f32, m: f32, v: f32, with: &AdamW, dtype: DType) -> 
     let last = |x: f32| round(x, dtype);
     let (c1, c2) = (1.0 - with.beta1.powf(with.step), 1.0 - with.beta2.powf(with.step));
     let p = if with.weight_decay == 0.0 { p } else { each(p * (1.0 - with.learning_rate * with.weight_decay) as f32) };
-    let m = last(m + (1.0 - with.beta1) as f32 * (g - m));
-    let v = last(each(v * with.beta2 as f32) + (1.0 - with.beta2) as f32 * g * g);
+    // Fused multiply-adds where aten's kernels contract to them.
+    let m = each(((1.0 - with.beta1) as f32).mul_add(g - m, m));
+    let v = each(((1.0 - with.beta2) as f32 * g).mul_add(g, each(v * with.beta2 as f32)));
     let root = each(each(v.sqrt()) / c2.sqrt() as f32);
     let denominator = each(root + with.epsilon as f32);
-    (last(p + -(with.learning_rate / c1) as f32 * m / denominator), m, v)
+    (last(p + -(with.learning_rate / c1) as f32 * m / denominator), last(m), last(v))
 }
 
 fn adamw(device: &dyn Device) {
@@ -91,8 +92,8 @@ fn sgd(device: &dyn Device) {
                 .iter()
                 .zip(&gs)
                 .map(|(&p, &g)| {
-                    let d = if decay == 0.0 { g } else { round(g + decay as f32 * p, dtype) };
-                    round(p + -0.05f64 as f32 * d, dtype)
+                    let d = if decay == 0.0 { g } else { round(round(decay as f32, dtype).mul_add(p, g), dtype) };
+                    round(round(-0.05, dtype).mul_add(d, p), dtype)
                 })
                 .collect();
             same("sgd", &download(device, &p), &want);

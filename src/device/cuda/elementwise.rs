@@ -174,7 +174,13 @@ impl CudaDevice {
         expect(p.elements() == g.elements(), "sgd", || format!("shapes {:?} and {:?}", p.shape, g.shape))?;
         let (gradient, at, n) = (self.operand(g)?, self.exclusive(p)?, p.elements());
         let launch = self.kernels.launch("sgd").tagged(at, p.dtype).tagged(gradient.address, gradient.dtype);
-        let launch = launch.value(-learning_rate as f32).value(weight_decay as f32);
+        // aten converts add's alpha to the tensors' dtype before the kernel widens it again.
+        let scalar = |x: f64| match p.dtype {
+            DType::F32 => x as f32,
+            DType::BF16 => half::bf16::from_f32(x as f32).to_f32(),
+            DType::F16 => half::f16::from_f32(x as f32).to_f32(),
+        };
+        let launch = launch.value(scalar(-learning_rate)).value(scalar(weight_decay));
         // SAFETY: optimizer.cu; both hold n elements, p is exclusively ours.
         unsafe { launch.value(n as u64).run_over(n) }
     }
