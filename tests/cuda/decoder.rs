@@ -206,6 +206,10 @@ fn attention(device: &dyn Device) {
             (DType::F16, Compute::F16),
             (DType::F32, Compute::Bf16),
         ] {
+            // On halves the CPU follows PyTorch's CPU kernel to the bit, its extra roundings included: tests/device/.
+            if device.name() == "cpu" && matches!(compute, Compute::Bf16 | Compute::F16) {
+                continue;
+            }
             let make = |heads: usize, seed: u64| {
                 upload(device, &values(n * heads * head_dim, seed), &[n, heads * head_dim], dtype)
             };
