@@ -71,10 +71,12 @@ fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, ro
         Cause::Fp16Overflow => {
             changes = BTreeMap::from([("fp16".to_string(), json!(false)), ("bf16".to_string(), json!(true))]);
         }
-        Cause::Schedule => {
-            if changes.contains_key("learning_rate") {
-                note = Some("A schedule without the jump is not one key of the YAML: start the continuation as a new run whose learning_rate is no higher than where the first one ended.".to_string());
-            }
+        Cause::Schedule if changes.contains_key("learning_rate") => {
+            note = Some(
+                "A schedule without the jump is not one key of the YAML: start the continuation as a new run whose \
+                 learning_rate is no higher than where the first one ended."
+                    .to_string(),
+            );
         }
         Cause::OptimizerState => {
             changes = BTreeMap::from([("save_only_model".to_string(), json!(false))]);

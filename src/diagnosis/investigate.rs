@@ -73,6 +73,8 @@ struct Bench<'a, 'r> {
     only: Option<Cause>,
     /// Heights are those of the excursions before the spike, because the spike itself is chaos.
     turbulent: bool,
+    /// The last change that removed the spike had to begin at the initial adapter.
+    far: bool,
     starts: Vec<Start>,
     near: Start,
     /// First step whose loss went into the spike's log row.
@@ -101,8 +103,10 @@ pub fn investigate(
     let to = (found.step + PAST).min(subject.last_step().max(found.step));
     let out = empty(subject, found);
     // Far from any checkpoint one trial alone may exceed the budget; a verdict needs a few.
-    budget.limit = budget.limit.max(budget.used + TRIALS * (to - step_of(&near)));
-    let mut bench = Bench { subject, lab, budget, found: *found, only, turbulent: false, starts, near, onset, to, out };
+    let trials = if only.is_none() { TRIALS } else { 1 };
+    budget.limit = budget.limit.max(budget.used + trials * (to - step_of(&near)));
+    let mut bench =
+        Bench { subject, lab, budget, found: *found, only, turbulent: false, far: false, starts, near, onset, to, out };
     match bench.run() {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => bench.out.failure = Some(error),
@@ -206,7 +210,8 @@ impl Bench<'_, '_> {
         let mut trace = self.lab.replay(&self.near, self.to, &[])?;
         self.out.baseline.clone_from(&trace.steps);
         let mut height = self.height(&trace);
-        if !(height >= 0.5 * self.found.height) && matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
+        let shown = height >= 0.5 * self.found.height;
+        if !shown && matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
             // The nearest state of all, if there is one nearer: one step of chaos less.
             let nearest = self.starts.first().cloned().unwrap_or(Start::Initial);
             if nearest != self.near {
@@ -495,7 +500,9 @@ impl Bench<'_, '_> {
             let reaches_back = start == Start::Initial && self.near != Start::Initial && proposal.from == From::Near;
             // A change of single rows or of the schedule has no effect before the nearest start.
             let only_near = matches!(proposal.cause, Cause::Data | Cause::Schedule | Cause::MaskedLabels);
-            if (reaches_back && only_near) || !self.budget.allows(windows) {
+            // And with a cause at hand, whether a broader change from the beginning would also do is not worth it.
+            let settled = self.only.is_some() || self.out.evidence.trials.iter().any(|t| self.out.evidence.removes(t));
+            if (reaches_back && (only_near || settled)) || !self.budget.allows(windows) {
                 continue;
             }
             let trace = match self.lab.replay(&start, self.to, &proposal.interventions) {
@@ -510,6 +517,7 @@ impl Bench<'_, '_> {
             best = height;
             let removed = self.push_trial(proposal, height, windows, &trace);
             if removed {
+                self.far = reaches_back;
                 break;
             }
         }
@@ -556,12 +564,14 @@ impl Bench<'_, '_> {
             unstable = factor;
         }
         let Some(mut low) = stable else { return Ok(()) };
+        let (from, cost) =
+            if self.far { (From::Initial, self.to) } else { (From::Near, self.to - step_of(&self.near)) };
         for _ in 0..REFINEMENTS {
             let middle = f64::sqrt(low * unstable);
-            if self.only.is_some() || !self.budget.allows(self.to - step_of(&self.near)) {
+            if self.only.is_some() || !self.budget.allows(cost) {
                 break;
             }
-            let proposal = plan::scaled_learning_rate(self.subject, middle, From::Near);
+            let proposal = plan::scaled_learning_rate(self.subject, middle, from);
             if self.try_out(&proposal)? <= limit { low = middle } else { unstable = middle }
         }
         Ok(())

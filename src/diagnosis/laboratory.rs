@@ -150,7 +150,7 @@ impl<'a> Subject<'a> {
     pub fn starts_before(&self, step: u64) -> Vec<Start> {
         let usable = |c: &&crate::run::Checkpoint| {
             let resumed = self.run.attempts.iter().any(|a| a.resumed_from == Some(c.step));
-            c.step + 1 <= step && ((c.has_optimizer && c.has_scheduler) || resumed)
+            c.step < step && ((c.has_optimizer && c.has_scheduler) || resumed)
         };
         let mut steps: Vec<u64> = self.run.checkpoints.iter().filter(usable).map(|c| c.step).collect();
         steps.sort_unstable_by(|a, b| b.cmp(a));

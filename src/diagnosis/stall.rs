@@ -45,8 +45,7 @@ pub fn look(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget
     let lost = height::lost_progress(&own, &other);
     let half = &own[own.len() / 2..];
     let worse = half.iter().filter(|p| other.iter().any(|q| q.step == p.step && p.loss > q.loss)).count();
-    // NaN must not pass either test.
-    if !(lost >= LEAST) || worse * 5 < half.len() * 4 {
+    if lost.is_nan() || lost < LEAST || worse * 5 < half.len() * 4 {
         return Ok(None);
     }
     let changes = BTreeMap::from([("pure_bf16".to_string(), json!(false)), ("bf16".to_string(), json!(true))]);

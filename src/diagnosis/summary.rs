@@ -29,8 +29,9 @@ pub fn of(evidence: &Evidence, cause: Cause, confidence: Confidence) -> String {
             "Updates are lost when they are rounded to bf16: {change} and the loss keeps falling. Keep the adapter in fp32."
         ),
         Cause::Data => format!(
-            "{} made step {step} spike: with their labels masked the same step is quiet. Check and fix those rows.",
-            rows(&evidence.rows)
+            "{} made step {step} spike: with the labels masked the same step is quiet. Check and fix {}.",
+            rows(&evidence.rows),
+            if evidence.rows.len() == 1 { "it" } else { "them" }
         ),
         Cause::OptimizerState => format!(
             "The run was resumed without its optimizer state: with the moments kept, step {step} is quiet. Resume from \
@@ -104,9 +105,9 @@ fn undetermined(evidence: &Evidence, _confidence: Confidence) -> String {
 
 /// The change that removed most for this cause, in words.
 fn best_change(evidence: &Evidence, cause: Cause) -> String {
-    let trials = evidence.trials.iter().filter(|t| t.cause == cause && evidence.removes(t));
+    let mut trials = evidence.trials.iter().filter(|t| t.cause == cause && evidence.removes(t));
     // The last sufficient trial of a bisection is the smallest change.
-    trials.last().map_or_else(|| "change it".to_string(), |t| t.name.clone())
+    trials.next_back().map_or_else(|| "change it".to_string(), |t| t.name.clone())
 }
 
 /// "row 37 of train", "rows 10, 11, 50 of train".

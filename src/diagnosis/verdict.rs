@@ -76,10 +76,8 @@ fn absent(evidence: &Evidence, sufficient: &[&Trial]) -> (Cause, Confidence) {
         return (Cause::Hardware, confidence);
     }
     // Rounding noise alone decides whether it is there: the run sits on the edge of stability.
-    if chaotic {
-        if let Some(trial) = sufficient.first() {
-            return (trial.cause, Confidence::Weak);
-        }
+    if let (true, Some(trial)) = (chaotic, sufficient.first()) {
+        return (trial.cause, Confidence::Weak);
     }
     (Cause::Undetermined, Confidence::Weak)
 }
