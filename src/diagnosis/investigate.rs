@@ -9,28 +9,21 @@ use super::evidence::{Baseline, Evidence, Match, Trial};
 use super::height::{self, Point};
 use super::laboratory::{Laboratory, Subject, step_of};
 use super::plan::{self, From, Proposal, Situation};
-use super::rows::{self, Suspect};
-use super::{Cause, CurvePoint, Envelope, Experiment, RowBlame, SpikeKind, departure, hardware};
-use crate::replay::{Intervention, Start, StepRecord, Trace};
+use super::rows::Suspect;
+use super::{Cause, CurvePoint, Experiment, SpikeKind, departure};
+use crate::replay::{Start, StepRecord, Trace};
 use crate::{Result, error::Kind};
 
 /// Steps past a spike's first that belong to it.
 pub const PAST: u64 = 4;
 /// Steps before it in which a counterfactual's spike still counts as this one: chaos moves it.
-const EARLY: u64 = 2;
-/// Further steps when the unchanged replay does not show it where the log has it.
-const LATE: u64 = 8;
+pub(super) const EARLY: u64 = 2;
 /// Factors on the learning rate that decide whether it is a cause at all: one replay usually does.
 const RATES: [f64; 2] = [0.1, 0.02];
 /// Halvings (in ln) of the interval between the stable and the unstable factor.
 const REFINEMENTS: usize = 3;
 /// Trials that a spike may cost whatever the budget says.
 const TRIALS: u64 = 3;
-const PERTURBED: u64 = 2;
-/// Excursions below this (in ln) are the usual wandering of a gradient norm.
-const TURBULENT: f64 = 1.6;
-/// |ln| within which another trainer's bookkeeping gives the logged loss.
-const SAME: f64 = 0.02;
 
 /// Replay that experiments may still use.
 #[derive(Debug, Clone)]
@@ -65,22 +58,22 @@ pub struct Investigation {
     pub proposals: Vec<Proposal>,
 }
 
-struct Bench<'a, 'r> {
-    subject: &'a Subject<'r>,
-    lab: &'a mut dyn Laboratory,
-    budget: &'a mut Budget,
-    found: Found,
-    only: Option<Cause>,
+pub(super) struct Bench<'a, 'r> {
+    pub(super) subject: &'a Subject<'r>,
+    pub(super) lab: &'a mut dyn Laboratory,
+    pub(super) budget: &'a mut Budget,
+    pub(super) found: Found,
+    pub(super) only: Option<Cause>,
     /// Heights are those of the excursions before the spike, because the spike itself is chaos.
-    turbulent: bool,
+    pub(super) turbulent: bool,
     /// The last change that removed the spike had to begin at the initial adapter.
-    far: bool,
-    starts: Vec<Start>,
-    near: Start,
+    pub(super) far: bool,
+    pub(super) starts: Vec<Start>,
+    pub(super) near: Start,
     /// First step whose loss went into the spike's log row.
-    onset: u64,
-    to: u64,
-    out: Investigation,
+    pub(super) onset: u64,
+    pub(super) to: u64,
+    pub(super) out: Investigation,
 }
 
 /// Everything that can be known about one spike. `only`: the cause of a higher spike of the same run; nothing else
@@ -179,14 +172,14 @@ impl Bench<'_, '_> {
         self.only.is_none_or(|only| only == cause)
     }
 
-    fn range(&self) -> RangeInclusive<u64> {
+    pub(super) fn range(&self) -> RangeInclusive<u64> {
         match self.found.kind {
             SpikeKind::Jump | SpikeKind::Divergence => self.onset.saturating_sub(EARLY).max(1)..=self.to,
             _ => self.onset..=self.to,
         }
     }
 
-    fn height(&self, trace: &Trace) -> f64 {
+    pub(super) fn height(&self, trace: &Trace) -> f64 {
         if self.turbulent {
             return self.turbulence_of(&curve(trace));
         }
@@ -200,7 +193,7 @@ impl Bench<'_, '_> {
     }
 
     /// The replayed baseline, and the log where it has no step.
-    fn history(&self) -> Vec<Point> {
+    pub(super) fn history(&self) -> Vec<Point> {
         let first = self.out.baseline.first().map_or(u64::MAX, |r| r.step);
         let logged = self.subject.points.iter().filter(|p| p.step < first).copied();
         logged.chain(self.out.baseline.iter().map(Point::replayed)).collect()
@@ -233,226 +226,6 @@ impl Bench<'_, '_> {
         self.out.baseline.clone_from(&trace.steps);
         self.record("baseline", None, &Default::default(), height, 0, &trace);
         Ok(())
-    }
-
-    /// The log spikes and the replay does not: does it part right there, and what does the next checkpoint say?
-    fn absent(&mut self) -> Result<()> {
-        let step = self.found.step;
-        if self.found.kind == SpikeKind::Level {
-            self.other_trainers()?;
-            return Ok(());
-        }
-        let none = Envelope { loss: 0.0, grad_norm: 0.0 };
-        let sudden = departure::departs_at(&self.out.differences, step, none);
-        let spread = self.perturbed(if sudden { self.to } else { self.to + LATE })?;
-        let baseline = &mut self.out.evidence.baseline;
-        baseline.departs_at_spike = departure::departs_at(&self.out.differences, step, spread);
-        if !baseline.departs_at_spike || baseline.before != Match::Close {
-            self.turbulence();
-            return Ok(());
-        }
-        if self.other_trainers()? {
-            return Ok(());
-        }
-        self.out.evidence.baseline.matches_after = self.matches_after()?;
-        if self.out.evidence.baseline.perturbed_with_spike == 0 {
-            self.out.evidence.fault = Some(hardware::locate(self.subject, self.lab, &self.near, step, self.budget)?);
-        }
-        Ok(())
-    }
-
-    /// On the edge of stability rounding decides which excursion grows into the spike; the excursions themselves are
-    /// there in every replay, first in the gradient norm. From here on a change counts that calms them.
-    fn turbulence(&mut self) {
-        if !matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
-            return;
-        }
-        let replays = self.out.experiments.iter();
-        let highest = replays.map(|e| self.turbulence_of(&e.curve)).fold(0.0, f64::max);
-        if highest < TURBULENT {
-            return;
-        }
-        self.turbulent = true;
-        let evidence = &mut self.out.evidence;
-        evidence.logged_height = highest;
-        evidence.baseline.height = Some(highest);
-        evidence.baseline.before = match evidence.baseline.before {
-            Match::Off => Match::Off,
-            _ => Match::Band,
-        };
-    }
-
-    fn turbulence_of(&self, curve: &[CurvePoint]) -> f64 {
-        let first = curve.first().map_or(u64::MAX, |p| p.step);
-        let point = |p: &CurvePoint| Point {
-            step: p.step,
-            loss: p.loss,
-            grad_norm: p.grad_norm,
-            skipped: false,
-            unlabelled: false,
-        };
-        let points: Vec<Point> = curve.iter().map(point).collect();
-        let history: Vec<Point> = self.subject.points.iter().filter(|p| p.step < first).copied().collect();
-        let range = self.onset.saturating_sub(LATE).max(1)..=self.to;
-        let of = |kind| height::of(kind, &points, &history, range.clone());
-        of(SpikeKind::GradientExplosion).max(of(SpikeKind::Jump))
-    }
-
-    /// Replays with half an ulp of noise: does rounding decide whether the spike comes? Returns how far they part
-    /// from the unchanged replay at the spike's step, in ln.
-    fn perturbed(&mut self, to: u64) -> Result<Envelope> {
-        let (step, to) = (self.found.step, to.min(self.subject.last_step()));
-        let at = |steps: &[StepRecord]| {
-            steps.iter().find(|r| r.step == step).map_or((f64::NAN, f64::NAN), |r| (r.loss_raw, r.grad_norm))
-        };
-        let unchanged = at(&self.out.baseline);
-        let mut spread = Envelope { loss: 0.0, grad_norm: 0.0 };
-        for seed in 0..PERTURBED {
-            let trace = self.lab.replay(&self.near, to, &[Intervention::Perturb { seed }])?;
-            let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
-            let early = self.onset.saturating_sub(EARLY).max(1);
-            let height = height::of(self.found.kind, &points, &self.history(), early..=to);
-            let windows = trace.steps.len() as u64;
-            self.budget.used += windows;
-            let baseline = &mut self.out.evidence.baseline;
-            baseline.perturbed += 1;
-            baseline.perturbed_with_spike += usize::from(height >= 0.5 * self.found.height);
-            let (loss, norm) = at(&trace.steps);
-            spread.loss = spread.loss.max(departure::distance(loss, unchanged.0));
-            spread.grad_norm = spread.grad_norm.max(departure::distance(norm, unchanged.1));
-            self.record(&format!("perturbed, seed {seed}"), None, &Default::default(), height, windows, &trace);
-        }
-        Ok(spread)
-    }
-
-    /// Whether a replay from the first checkpoint after the spike follows the log.
-    fn matches_after(&mut self) -> Result<bool> {
-        let next = self.subject.run.checkpoints.iter().find(|c| c.step >= self.found.step && c.has_optimizer);
-        let Some(checkpoint) = next.filter(|c| c.step < self.subject.last_step()) else { return Ok(false) };
-        let (from, to) = (checkpoint.step, (checkpoint.step + 2).min(self.subject.last_step()));
-        let trace = self.lab.replay(&Start::Checkpoint(from), to, &[])?;
-        self.budget.used += trace.steps.len() as u64;
-        let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
-        let differences = departure::differences(&points, &self.subject.points, self.subject.rounding());
-        Ok(departure::matches(&differences, self.subject.floor()))
-    }
-
-    /// Micro-batches that stand out in the spike's windows and also in an earlier, sound state.
-    fn suspects(&mut self) -> Result<Vec<Suspect>> {
-        let (step, until) = (self.found.step, self.found.until.min(self.to));
-        let mut suspects = rows::suspects(&self.out.baseline, self.onset.saturating_sub(EARLY).max(1), until.max(step));
-        suspects.truncate(6);
-        let mut confirmed = Vec::new();
-        for suspect in suspects {
-            if self.bad_in_another_state(&suspect)? {
-                confirmed.push(self.without_bystanders(suspect)?);
-            }
-        }
-        Ok(confirmed)
-    }
-
-    /// The 2 × 2 of state and window: the suspect's window run in the state before an earlier step.
-    fn bad_in_another_state(&mut self, suspect: &Suspect) -> Result<bool> {
-        let first = step_of(&self.near) + 1;
-        let Some(earlier) = (first..suspect.step).rev().find(|s| s + 2 <= self.found.step.min(suspect.step)) else {
-            // Nothing before it to run it in: another epoch's appearance in the log cannot be separated from damage.
-            return Ok(false);
-        };
-        let change = [Intervention::SwapWindow { step: earlier, with: suspect.step }];
-        let trace = self.lab.replay(&self.near, earlier, &change)?;
-        self.budget.used += 1;
-        let swapped: Vec<StepRecord> = trace.steps.into_iter().filter(|r| r.step == earlier).collect();
-        let others = self.out.baseline.iter().filter(|r| r.step < self.found.step && r.step != earlier).cloned();
-        let mut steps: Vec<StepRecord> = others.chain(swapped).collect();
-        steps.sort_by_key(|r| r.step);
-        Ok(rows::suspects(&steps, earlier, earlier).iter().any(|s| s.micro_batch == suspect.micro_batch))
-    }
-
-    /// The spike's own window in the state before an earlier step: as high there?
-    fn always_high(&mut self) -> Result<bool> {
-        let rises = matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence);
-        let earlier = self.found.step.saturating_sub(2);
-        if !rises || earlier <= step_of(&self.near) {
-            return Ok(false);
-        }
-        let change = [Intervention::SwapWindow { step: earlier, with: self.found.step }];
-        let trace = self.lab.replay(&self.near, earlier, &change)?;
-        self.budget.used += 1;
-        let Some(record) = trace.steps.last().filter(|r| r.step == earlier) else { return Ok(false) };
-        let history = self.history();
-        let height = height::of(self.found.kind, &[Point::replayed(record)], &history, earlier..=earlier);
-        Ok(height >= 0.7 * self.out.evidence.reference_height())
-    }
-
-    /// Trainers with another bookkeeping: does one of them give the logged step?
-    fn other_trainers(&mut self) -> Result<bool> {
-        let step = self.found.step;
-        let logged = self.subject.points.iter().find(|p| p.step == step).map_or(f64::NAN, |p| p.loss);
-        for proposal in plan::other_trainers(self.subject, &self.out.baseline, step) {
-            let trace = match self.lab.replay(&self.near, step, &proposal.interventions) {
-                Err(error) if error.kind == Kind::Interrupted => return Err(error),
-                Err(_) => continue,
-                Ok(trace) => trace,
-            };
-            self.budget.used += 1;
-            if trace.steps == self.out.baseline[..trace.steps.len().min(self.out.baseline.len())] {
-                continue;
-            }
-            let at = trace.steps.iter().find(|r| r.step == step).map_or(f64::NAN, |r| Point::comparable(r).loss);
-            let distance = departure::distance(at, logged);
-            self.push_trial(&proposal, distance, 1, &trace);
-            if distance <= SAME {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Of a micro-batch with several rows, those that stand out alone.
-    fn without_bystanders(&mut self, suspect: Suspect) -> Result<Suspect> {
-        if suspect.rows.len() < 2 {
-            return Ok(suspect);
-        }
-        let mut guilty = Vec::new();
-        for &row in &suspect.rows {
-            let others: Vec<_> = suspect.rows.iter().copied().filter(|r| *r != row).collect();
-            let trace = self.lab.replay(&self.near, suspect.step, &[Intervention::NeutraliseRows(others)])?;
-            self.budget.used += 1;
-            let stands_out = rows::suspects(&trace.steps, suspect.step, suspect.step);
-            if stands_out.iter().any(|s| s.micro_batch == suspect.micro_batch) {
-                guilty.push(row);
-            }
-        }
-        let rows = if guilty.is_empty() { suspect.rows.clone() } else { guilty };
-        Ok(Suspect { rows, ..suspect })
-    }
-
-    fn blame(&mut self, suspects: &[Suspect]) {
-        let subject = self.subject;
-        let blame = |row, micro_batch, step, reason| RowBlame {
-            dataset: subject.dataset_name(row),
-            row: row.row,
-            micro_batch,
-            step,
-            tokens: None,
-            reason,
-        };
-        let mut all: Vec<RowBlame> = Vec::new();
-        for suspect in suspects {
-            let reason = format!("its loss is {:.1} times that of the rows around it", suspect.excess.exp());
-            all.extend(suspect.rows.iter().map(|&row| blame(row, suspect.micro_batch, suspect.step, reason.clone())));
-        }
-        if self.out.evidence.window_without_labels
-            && let Some(record) = self.out.baseline.iter().find(|r| r.step == self.found.step)
-        {
-            for (index, micro) in record.micro_batches.iter().enumerate() {
-                let reason = || "all of its labels are masked".to_string();
-                all.extend(micro.rows.iter().map(|&row| blame(row, index, record.step, reason())));
-            }
-        }
-        all.sort();
-        all.dedup_by(|a, b| a.dataset == b.dataset && a.row == b.row);
-        self.out.evidence.rows = all;
     }
 
     fn trials(&mut self, suspects: &[Suspect]) -> Result<()> {
@@ -525,7 +298,7 @@ impl Bench<'_, '_> {
     }
 
     /// Whether it removes the spike.
-    fn push_trial(&mut self, proposal: &Proposal, height: f64, windows: u64, trace: &Trace) -> bool {
+    pub(super) fn push_trial(&mut self, proposal: &Proposal, height: f64, windows: u64, trace: &Trace) -> bool {
         let trial = Trial {
             cause: proposal.cause,
             name: proposal.name.clone(),
@@ -577,7 +350,7 @@ impl Bench<'_, '_> {
         Ok(())
     }
 
-    fn record(
+    pub(super) fn record(
         &mut self,
         name: &str,
         cause: Option<Cause>,
@@ -598,6 +371,7 @@ impl Bench<'_, '_> {
     }
 }
 
+/// Loss and gradient norm by step.
 fn curve(trace: &Trace) -> Vec<CurvePoint> {
     let point = |r: &StepRecord| CurvePoint { step: r.step, loss: r.loss_raw, grad_norm: r.grad_norm };
     trace.steps.iter().map(point).collect()

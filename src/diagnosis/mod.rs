@@ -6,6 +6,7 @@
 //! This folder decides; it replays only through a trait, so that every rule is tested on scripted evidence.
 //! What people read of a [`Diagnosis`] is made in `report/`.
 
+mod absent;
 mod bits;
 pub mod departure;
 pub mod detect;
@@ -24,6 +25,7 @@ pub mod rows;
 pub mod shares;
 mod stall;
 mod summary;
+mod suspects;
 pub mod verdict;
 
 use std::collections::BTreeMap;

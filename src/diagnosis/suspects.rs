@@ -1,0 +1,105 @@
+//! Which rows a spike can be blamed on: micro-batches that stand out in its windows and in an earlier, sound state.
+
+use super::height::{self, Point};
+use super::investigate::{Bench, EARLY};
+use super::laboratory::step_of;
+use super::rows::{self, Suspect};
+use super::{RowBlame, SpikeKind};
+use crate::Result;
+use crate::replay::{Intervention, StepRecord};
+
+impl Bench<'_, '_> {
+    /// Micro-batches that stand out in the spike's windows and also in an earlier, sound state.
+    pub(super) fn suspects(&mut self) -> Result<Vec<Suspect>> {
+        let (step, until) = (self.found.step, self.found.until.min(self.to));
+        let mut suspects = rows::suspects(&self.out.baseline, self.onset.saturating_sub(EARLY).max(1), until.max(step));
+        suspects.truncate(6);
+        let mut confirmed = Vec::new();
+        for suspect in suspects {
+            if self.bad_in_another_state(&suspect)? {
+                confirmed.push(self.without_bystanders(suspect)?);
+            }
+        }
+        Ok(confirmed)
+    }
+
+    /// The 2 × 2 of state and window: the suspect's window run in the state before an earlier step.
+    fn bad_in_another_state(&mut self, suspect: &Suspect) -> Result<bool> {
+        let first = step_of(&self.near) + 1;
+        let Some(earlier) = (first..suspect.step).rev().find(|s| s + 2 <= self.found.step.min(suspect.step)) else {
+            // Nothing before it to run it in: another epoch's appearance in the log cannot be separated from damage.
+            return Ok(false);
+        };
+        let change = [Intervention::SwapWindow { step: earlier, with: suspect.step }];
+        let trace = self.lab.replay(&self.near, earlier, &change)?;
+        self.budget.used += 1;
+        let swapped: Vec<StepRecord> = trace.steps.into_iter().filter(|r| r.step == earlier).collect();
+        let others = self.out.baseline.iter().filter(|r| r.step < self.found.step && r.step != earlier).cloned();
+        let mut steps: Vec<StepRecord> = others.chain(swapped).collect();
+        steps.sort_by_key(|r| r.step);
+        Ok(rows::suspects(&steps, earlier, earlier).iter().any(|s| s.micro_batch == suspect.micro_batch))
+    }
+
+    /// Of a micro-batch with several rows, those that stand out alone.
+    fn without_bystanders(&mut self, suspect: Suspect) -> Result<Suspect> {
+        if suspect.rows.len() < 2 {
+            return Ok(suspect);
+        }
+        let mut guilty = Vec::new();
+        for &row in &suspect.rows {
+            let others: Vec<_> = suspect.rows.iter().copied().filter(|r| *r != row).collect();
+            let trace = self.lab.replay(&self.near, suspect.step, &[Intervention::NeutraliseRows(others)])?;
+            self.budget.used += 1;
+            let stands_out = rows::suspects(&trace.steps, suspect.step, suspect.step);
+            if stands_out.iter().any(|s| s.micro_batch == suspect.micro_batch) {
+                guilty.push(row);
+            }
+        }
+        let rows = if guilty.is_empty() { suspect.rows.clone() } else { guilty };
+        Ok(Suspect { rows, ..suspect })
+    }
+
+    /// The spike's own window in the state before an earlier step: as high there?
+    pub(super) fn always_high(&mut self) -> Result<bool> {
+        let rises = matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence);
+        let earlier = self.found.step.saturating_sub(2);
+        if !rises || earlier <= step_of(&self.near) {
+            return Ok(false);
+        }
+        let change = [Intervention::SwapWindow { step: earlier, with: self.found.step }];
+        let trace = self.lab.replay(&self.near, earlier, &change)?;
+        self.budget.used += 1;
+        let Some(record) = trace.steps.last().filter(|r| r.step == earlier) else { return Ok(false) };
+        let history = self.history();
+        let height = height::of(self.found.kind, &[Point::replayed(record)], &history, earlier..=earlier);
+        Ok(height >= 0.7 * self.out.evidence.reference_height())
+    }
+
+    pub(super) fn blame(&mut self, suspects: &[Suspect]) {
+        let subject = self.subject;
+        let blame = |row, micro_batch, step, reason| RowBlame {
+            dataset: subject.dataset_name(row),
+            row: row.row,
+            micro_batch,
+            step,
+            tokens: None,
+            reason,
+        };
+        let mut all: Vec<RowBlame> = Vec::new();
+        for suspect in suspects {
+            let reason = format!("its loss is {:.1} times that of the rows around it", suspect.excess.exp());
+            all.extend(suspect.rows.iter().map(|&row| blame(row, suspect.micro_batch, suspect.step, reason.clone())));
+        }
+        if self.out.evidence.window_without_labels
+            && let Some(record) = self.out.baseline.iter().find(|r| r.step == self.found.step)
+        {
+            for (index, micro) in record.micro_batches.iter().enumerate() {
+                let reason = || "all of its labels are masked".to_string();
+                all.extend(micro.rows.iter().map(|&row| blame(row, index, record.step, reason())));
+            }
+        }
+        all.sort();
+        all.dedup_by(|a, b| a.dataset == b.dataset && a.row == b.row);
+        self.out.evidence.rows = all;
+    }
+}
