@@ -64,6 +64,27 @@ fn a_doubling_at_each_epoch_boundary_is_found_each_time() {
 }
 
 #[test]
+fn a_rise_at_every_epoch_boundary_is_found_within_a_descent_and_one_at_some_is_not() {
+    let mut rows = log(&(0..27).map(|i| 0.07 + 3.3 * (-f64::from(i) / 5.0).exp()).collect::<Vec<_>>());
+    for row in &mut rows {
+        row.epoch = Some(row.step as f64 * 5.0 / 48.0);
+    }
+    for step in [10, 20] {
+        rows[step - 1].loss = rows[step - 1].loss.map(|l| 1.6 * l);
+    }
+    let steps = |rows: &[LogRow]| spikes(rows, &Context::default()).iter().map(|f| f.step).collect::<Vec<_>>();
+    assert_eq!(steps(&rows), [10, 20]);
+    rows[9].loss = rows[8].loss;
+    assert!(!steps(&rows).contains(&10));
+}
+
+#[test]
+fn a_rise_that_stays_is_found_although_the_log_has_hardly_begun() {
+    let found = found(&[3.19, 3.16, 2.84, 5.7, 11.1, 6.2, 6.7, 6.8, 4.6, 4.4]);
+    assert_eq!((found.len(), found[0].kind), (1, SpikeKind::Divergence));
+}
+
+#[test]
 fn a_spike_at_the_third_step_of_a_short_log_is_found() {
     assert_eq!(found(&[0.0567, 0.0567, 4.85, 5.9, 5.4])[0].step, 3);
 }

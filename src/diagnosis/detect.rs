@@ -13,10 +13,13 @@ pub const MAX_HEIGHT: f64 = 6.0;
 const MIN_JUMP: f64 = 1.5;
 /// With fewer than [`ENOUGH`] step-to-step differences the noise is unknown: only a clear rise counts.
 const MIN_JUMP_SHORT: f64 = 3.0;
-/// A rise that stays: every one of [`SUSTAIN`] rows is this factor above the minimum of [`LONG`] rows.
-const MIN_DIVERGENCE: f64 = 3.0;
+/// A rise that stays: every one of [`SUSTAIN`] rows is this factor above the minimum of [`LONG`] rows. Staying says
+/// more than height: no noise keeps four rows up.
+const MIN_DIVERGENCE: f64 = 1.7;
 /// A pre-clip norm wanders by factors of a few in healthy runs; an explosion is an order of magnitude.
 const MIN_EXPLOSION: f64 = 10.0;
+/// A peak at every epoch boundary counts from this factor on.
+const MIN_BOUNDARY: f64 = 1.25;
 /// A jump stands above the highest of the recent rows by this factor.
 const CLEAR: f64 = 1.2;
 const ENOUGH: usize = 6;
@@ -76,6 +79,7 @@ pub fn height(at: f64, before: f64) -> f64 {
 /// All spikes, ascending by step. Rows of one history: each step once, ascending (see [`effective`]).
 pub fn spikes(rows: &[LogRow], context: &Context) -> Vec<Found> {
     let mut found = loss_spikes(rows, context);
+    found.extend(boundary_spikes(rows, &found));
     found.extend(gradient_spikes(rows, context, &found));
     found.extend(level(rows, context));
     found.sort_by_key(|f| f.step);
@@ -166,21 +170,24 @@ impl Past {
     fn maximum(&self, rows: usize) -> f64 {
         tail(&self.losses, rows).iter().copied().fold(0.0, f64::max)
     }
-    /// Least ln-rise of a single row that stands out. Moves are not centred: a loss that falls by half at every
+    /// Least ln-rise of a single row that noise does not explain. Moves are not centred: a loss that falls by half at every
     /// step may also bounce by half. The 90th percentile covers batches that differ now and then, the second
     /// largest rise of the longer past a batch that is easy now and then.
-    fn threshold(&self) -> f64 {
+    fn noise(&self) -> f64 {
         let mut moves = tail(&self.moves, MOVES).to_vec();
         let mut rises = tail(&self.rises, LONG).to_vec();
         moves.sort_by(f64::total_cmp);
         rises.sort_by(|a, b| b.total_cmp(a));
-        let floor = if moves.len() < ENOUGH { MIN_JUMP_SHORT } else { MIN_JUMP };
         let usual = rises.get(1).map_or(0.0, |rise| 1.5 * rise);
         let steady = DEVIATIONS * self.deviation();
-        floor.ln().max(4.0 * quantile(&moves, 0.5)).max(1.6 * quantile(&moves, 0.9)).max(usual).max(steady)
+        (4.0 * quantile(&moves, 0.5)).max(1.6 * quantile(&moves, 0.9)).max(usual).max(steady)
+    }
+    fn threshold(&self) -> f64 {
+        let floor = if self.moves.len() < ENOUGH { MIN_JUMP_SHORT } else { MIN_JUMP };
+        floor.ln().max(self.noise())
     }
     fn divergence_threshold(&self) -> f64 {
-        MIN_DIVERGENCE.ln().max(0.75 * self.threshold())
+        MIN_DIVERGENCE.ln().max(0.75 * self.noise())
     }
     fn may_round_to_zero(&self, context: &Context) -> bool {
         context.rounds_loss && self.losses.last().is_some_and(|&last| last < 1e-3)
@@ -298,6 +305,39 @@ fn without_oscillation(found: Vec<Found>, rows: usize) -> Vec<Found> {
     heights.sort_by(f64::total_cmp);
     let usual = heights[heights.len() / 2] * 1.5;
     found.into_iter().filter(|f| f.kind != SpikeKind::Jump || f.height > usual).collect()
+}
+
+/// Rises that recur in the first row of every epoch: too low each to stand out of a descent, but no chance together
+/// (contract 3.4: a leaked window). At least two boundaries, each a peak over both of its neighbours.
+fn boundary_spikes(rows: &[LogRow], taken: &[Found]) -> Vec<Found> {
+    let crosses = |w: &[LogRow]| match (w[0].epoch, w[1].epoch) {
+        (Some(before), Some(at)) => before.ceil() < at.ceil() && before > 0.0,
+        _ => false,
+    };
+    let mut past = Past::default();
+    let mut peaks = Vec::new();
+    let mut boundaries = 0;
+    for (i, w) in rows.windows(3).enumerate() {
+        let (Some(before), Some(at), Some(after)) = (w[0].loss, w[1].loss, w[2].loss) else { continue };
+        if before.is_finite() && before > 0.0 {
+            past.push(before);
+        }
+        if !crosses(w) {
+            continue;
+        }
+        boundaries += 1;
+        if (at / before.max(after)).ln() >= MIN_BOUNDARY.ln().max(3.0 * past.deviation()) {
+            let before = past.minimum(RECENT);
+            let height = before.map_or(0.0, |b| height(at, b));
+            let step = w[1].step;
+            peaks.push(Found { index: i + 1, step, until: step, kind: SpikeKind::Jump, before, at, height });
+        }
+    }
+    if peaks.len() < 2 || peaks.len() < boundaries {
+        return Vec::new();
+    }
+    peaks.retain(|p| !taken.iter().any(|t| (t.step..=t.until).contains(&p.step)));
+    peaks
 }
 
 /// Skipped steps and explosions of the gradient norm outside the loss spikes.
