@@ -131,8 +131,8 @@ fn a_stopped_sweep_goes_on_and_computes_nothing_twice() {
 fn two_shards_merged_equal_one_run() {
     let manifest = manifest(&LADDER);
     let dirs: Vec<tempfile::TempDir> = (0..3).map(|_| tempfile::tempdir().expect("dir")).collect();
-    for index in 0..2 {
-        sweep(dirs[index].path(), &manifest, Shard { index, count: 2 }, &Scripted::default()).expect("shard");
+    for (index, dir) in dirs.iter().take(2).enumerate() {
+        sweep(dir.path(), &manifest, Shard { index, count: 2 }, &Scripted::default()).expect("shard");
     }
     sweep(dirs[2].path(), &manifest, Shard::ALL, &Scripted::default()).expect("whole");
     let (folder, read) = Folder::open(dirs[0].path()).expect("manifest");

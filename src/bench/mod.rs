@@ -146,7 +146,7 @@ pub fn run(replayer: &Replayer, options: &Options, told: &dyn Fn(&str)) -> Resul
             name: name.clone(),
             gradient: passes.total,
             matrices: passes.matrices,
-            sites: sites.into_iter().map(|(_, report)| report.report).collect(),
+            sites: sites.into_values().map(|report| report.report).collect(),
             trajectory,
             milliseconds: passes.milliseconds,
         });

@@ -203,7 +203,7 @@ impl Grid {
         let mut derived = BTreeMap::new();
         let mut batch = count(BATCH, base.batch);
         if self.keep == Keep::Samples && accumulation != base.accumulation {
-            if own % accumulation != 0 {
+            if !own.is_multiple_of(accumulation) {
                 return Err(Error::usage(format!("{accumulation} does not divide the {own} samples of an update"))
                     .at(ACCUMULATION)
                     .next("choose a divisor, or keep the micro-batch: --keep micro-batch"));

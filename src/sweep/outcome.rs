@@ -217,7 +217,7 @@ mod tests {
             loss_raw: loss,
             loss_logged: None,
             grad_norm: if loss.is_nan() { f64::NAN } else { 0.5 },
-            clip_coefficient: if step % 4 == 0 { 0.5 } else { 1.0 },
+            clip_coefficient: if step.is_multiple_of(4) { 0.5 } else { 1.0 },
             update_norm: 0.1,
             loss_scale: None,
             skipped: false,

@@ -47,10 +47,13 @@ pub struct Check {
     pub peak_loss: f64,
 }
 
+/// Cells that differ in one axis only: what they share, and (value on the axis, stable or not yet known).
+type GridLine = (BTreeMap<String, Value>, Vec<(f64, Option<bool>)>);
+
 /// One line of the grid a frontier: along learning_rate where it varies, else along the first numeric axis.
 pub fn frontiers(manifest: &Manifest, results: &[Option<CellResult>]) -> Vec<Frontier> {
     let Some(axis) = ladder(&manifest.axes) else { return vec![] };
-    let mut lines: Vec<(BTreeMap<String, Value>, Vec<(f64, Option<bool>)>)> = Vec::new();
+    let mut lines: Vec<GridLine> = Vec::new();
     for (cell, result) in manifest.cells.iter().zip(results) {
         let mut held = cell.axes.clone();
         let Some(value) = held.remove(&axis.key).and_then(|v| v.as_f64()) else { continue };
@@ -60,7 +63,7 @@ pub fn frontiers(manifest: &Manifest, results: &[Option<CellResult>]) -> Vec<Fro
             None => lines.push((held, vec![entry])),
         }
     }
-    let frontier = |(held, mut line): (BTreeMap<String, Value>, Vec<(f64, Option<bool>)>)| {
+    let frontier = |(held, mut line): GridLine| {
         line.sort_by(|a, b| a.0.total_cmp(&b.0));
         let stable = line.iter().take_while(|(_, stable)| *stable == Some(true)).count();
         Frontier {

@@ -98,7 +98,7 @@ fn after_the_bump_the_band_counts_and_a_single_replay_is_none() {
     let far = certify(&logged, false, FLOOR, &ours, &[trace(&[1.0, 1.0, 1.0, 1.0, 1.0]), ours.clone()]);
     assert!(far.departs_at.is_none(), "4 within a band from 1 to 5.2");
     let flat = trace(&[1.0, 1.0, 1.0, 1.0, 1.0]);
-    let missed = certify(&logged, false, FLOOR, &flat, &[flat.clone()]);
+    let missed = certify(&logged, false, FLOOR, &flat, std::slice::from_ref(&flat));
     assert_eq!(missed.departs_at, Some(4), "a replay that does not jump is no reproduction");
 }
 

@@ -37,6 +37,9 @@ pub struct Line {
     pub points: Vec<(f64, f64)>,
 }
 
+/// `(x, low, high)` of a span between two curves.
+pub type BandPoint = (f64, f64, f64);
+
 /// A chart; empty ones draw nothing.
 #[derive(Debug, Clone, Default)]
 pub struct LineChart {
@@ -45,8 +48,8 @@ pub struct LineChart {
     pub log: bool,
     /// Half height, no legend: for many side by side.
     pub small: bool,
-    /// Named span between two curves, `(x, low, high)`.
-    pub band: Option<(String, Vec<(f64, f64, f64)>)>,
+    /// Named span between two curves.
+    pub band: Option<(String, Vec<BandPoint>)>,
     pub lines: Vec<Line>,
     /// A vertical mark with its label.
     pub mark: Option<(f64, String)>,
