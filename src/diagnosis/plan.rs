@@ -282,10 +282,12 @@ fn clipping(subject: &Subject<'_>) -> Option<Proposal> {
     Some(proposal(Cause::GradientClipping, name, "max_grad_norm", json!(CLIPPING), change, From::Near))
 }
 
-/// As many updates, each of [`ACCUMULATION`] micro-batches.
+/// As many updates, each of [`ACCUMULATION`] micro-batches. Where an update averages that many rows already, the
+/// noise of small updates is not a suspect: more of them would only hide another cause.
 fn accumulation(subject: &Subject<'_>) -> Option<Proposal> {
-    let now = subject.run.config.gradient_accumulation_steps;
-    if now * subject.run.config.world_size.max(1) >= ACCUMULATION {
+    let config = &subject.run.config;
+    let now = config.gradient_accumulation_steps;
+    if now * config.per_device_train_batch_size * config.world_size.max(1) >= ACCUMULATION {
         return None;
     }
     let key = "gradient_accumulation_steps";
