@@ -86,8 +86,8 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
     let norm_noise = earlier().map(|d| d.grad_norm).filter(|n| !n.is_nan()).fold(0.0, f64::max);
     let loss = at.loss > LEAST.max(BEYOND * noise).max(BEYOND * spread.loss);
     let norm = at.grad_norm > (5.0 * LEAST).max(BEYOND * norm_noise).max(BEYOND * spread.grad_norm);
-    // Where perturbed norms scatter as far as the log's lies, its loss is one more draw from the same chaos.
-    let chaotic = at.grad_norm <= 3.0 * spread.grad_norm;
+    // Where perturbed norms scatter widely, and as far as the log's lies, its loss is one more draw from the same chaos.
+    let chaotic = spread.grad_norm > LEAST && at.grad_norm <= 3.0 * spread.grad_norm;
     (loss && !chaotic) || (norm && noise < LEAST)
 }
 
