@@ -44,7 +44,7 @@ pub fn values(count: usize, seed: u64) -> Vec<f32> {
             state ^= state >> 7;
             state ^= state << 17;
             let unit = (state >> 40) as f32 / (1u64 << 24) as f32;
-            (unit - 0.5) * 4.0 * if state % 31 == 0 { 1e-3 } else { 1.0 }
+            (unit - 0.5) * 4.0 * if state.is_multiple_of(31) { 1e-3 } else { 1.0 }
         })
         .collect()
 }
