@@ -58,11 +58,12 @@ fn update(baseline: &[StepRecord], step: u64) -> Option<SiteBlame> {
     if last.update_norm.is_nan() || last.update_norm <= LARGE * median {
         return None;
     }
-    let message = format!(
-        "the update before the spike is {:.1} times the usual one, at learning rate {:.2e}",
-        last.update_norm / median,
-        last.learning_rate
-    );
+    let size = if median == 0.0 {
+        "is the first that moves the weights".to_string()
+    } else {
+        format!("is {:.1} times the usual one", last.update_norm / median)
+    };
+    let message = format!("the update before the spike {size}, at learning rate {:.2e}", last.learning_rate);
     let measured = [("update_norm", number(last.update_norm)), ("usual_update_norm", number(median))];
     Some(blame("update".into(), last.step, message, &measured))
 }
