@@ -11,8 +11,9 @@ use crate::replay::{Intervention, StepRecord};
 impl Bench<'_, '_> {
     /// Micro-batches that stand out in the spike's windows and also in an earlier, sound state.
     pub(super) fn suspects(&mut self) -> Result<Vec<Suspect>> {
-        let (step, until) = (self.found.step, self.found.until.min(self.to));
-        let mut suspects = rows::suspects(&self.out.baseline, self.onset.saturating_sub(EARLY).max(1), until.max(step));
+        // To the last step at which trials are measured: a bad row in any of these windows keeps the height up.
+        let from = self.onset.saturating_sub(EARLY).max(1);
+        let mut suspects = rows::suspects(&self.out.baseline, from, self.to.max(self.found.step));
         suspects.truncate(6);
         let mut confirmed = Vec::new();
         for suspect in suspects {
