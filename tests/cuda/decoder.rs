@@ -206,7 +206,8 @@ fn attention(device: &dyn Device) {
             (DType::F16, Compute::F16),
             (DType::F32, Compute::Bf16),
         ] {
-            // On halves the CPU follows PyTorch's CPU kernel to the bit, its extra roundings included: tests/device/.
+            // On halves the CPU's log-sum-exp differs from f64 by up to 5e-5 (coarse exponential); not compared here.
+            // Its agreement with PyTorch's own kernel is tested in tests/device/.
             if device.name() == "cpu" && matches!(compute, Compute::Bf16 | Compute::F16) {
                 continue;
             }
