@@ -61,7 +61,7 @@ fn parse_start(typed: &str) -> std::result::Result<Start, String> {
     digits.parse().map(Start::Checkpoint).map_err(|_| "expected initial or the step of a checkpoint".to_owned())
 }
 
-fn parse_setting(typed: &str) -> std::result::Result<(String, String), String> {
+pub(super) fn parse_setting(typed: &str) -> std::result::Result<(String, String), String> {
     let (key, value) = typed.split_once('=').ok_or("expected KEY=VALUE")?;
     Ok((key.trim().to_owned(), value.to_owned()))
 }

@@ -56,11 +56,14 @@ pub enum Code {
     EvalLabelsHidden,
     // by replay
     SemanticsFingerprint,
+    PeakDiverges,
+    PeakNotFinite,
+    ThinHeadroom,
 }
 
 impl Code {
     /// Every code, in the order of the table.
-    pub const ALL: [Code; 45] = [
+    pub const ALL: [Code; 48] = [
         Code::MaskedNan,
         Code::AllMaskedWindow,
         Code::NanLogged,
@@ -106,6 +109,9 @@ impl Code {
         Code::EvalNotFinite,
         Code::EvalLabelsHidden,
         Code::SemanticsFingerprint,
+        Code::PeakDiverges,
+        Code::PeakNotFinite,
+        Code::ThinHeadroom,
     ];
 
     /// The stable word, and what it means.
@@ -162,6 +168,9 @@ impl Code {
             Code::EvalNotFinite => ("eval_not_finite", "eval_loss is NaN: a batch without labels"),
             Code::EvalLabelsHidden => ("eval_labels_hidden", "evaluations ran without a loss"),
             Code::SemanticsFingerprint => ("semantics_fingerprint", "the normalisation that explains the logged loss"),
+            Code::PeakDiverges => ("peak_diverges", "the first windows diverge at the planned peak learning rate"),
+            Code::PeakNotFinite => ("peak_not_finite", "the first windows are not finite in the planned precision"),
+            Code::ThinHeadroom => ("thin_headroom", "values near the end of fp16's range"),
         }
     }
 

@@ -14,6 +14,7 @@ pub mod evaluate;
 pub mod fingerprint;
 pub mod lint;
 pub mod log;
+pub mod preflight;
 pub mod resume;
 pub mod text;
 
