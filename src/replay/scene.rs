@@ -22,6 +22,8 @@ pub struct Scene {
     pub segments: Vec<Segment>,
     /// `--set` changed what the stored learning rate of a checkpoint would be.
     pub(super) schedule_changed: bool,
+    /// `--set` changed a constant that a checkpoint's optimizer would bring back.
+    pub(super) optimizer_changed: bool,
     /// Factor on learning rates stored in checkpoints: learning_rate as set over learning_rate as configured.
     pub(super) base_ratio: f64,
 }
@@ -51,6 +53,9 @@ const SCHEDULE_KEYS: [&str; 9] = [
     "gradient_accumulation_steps",
     "per_device_train_batch_size",
 ];
+
+/// Keys whose change is meant for the optimizer of a checkpoint too, though the trainer would ignore it on a resume.
+const OPTIMIZER_KEYS: [&str; 5] = ["optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"];
 
 /// What can be shared between scenes of one run.
 #[derive(Clone)]
@@ -99,7 +104,8 @@ impl Scene {
             1.0
         };
         let schedule_changed = set.iter().any(|key| SCHEDULE_KEYS.contains(key));
-        Ok(Self { run, corpus, engine, segments, schedule_changed, base_ratio })
+        let optimizer_changed = set.iter().any(|key| OPTIMIZER_KEYS.contains(key));
+        Ok(Self { run, corpus, engine, segments, schedule_changed, optimizer_changed, base_ratio })
     }
 
     /// The segment that performs `step`.

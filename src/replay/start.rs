@@ -59,6 +59,7 @@ fn fresh(scene: &Scene, segment: &Segment, adapter: Adapter, step: u64) -> Resul
     let optimizer = &segment.rules.optimizer;
     Ok(TrainState {
         step,
+        optimizer: *optimizer,
         moments: optimizer.fresh(scene.engine.device(), &adapter)?,
         adapter,
         schedule_steps: 0,
@@ -93,6 +94,9 @@ fn resumed(scene: &Scene, segment: &Segment, step: u64) -> Result<TrainState> {
         let file = checkpoint.optimizer(&weights)?;
         let scheduler = checkpoint.scheduler()?;
         state.moments = segment.rules.optimizer.restore(device, &state.adapter, &file)?;
+        if !scene.optimizer_changed {
+            state.optimizer = state.optimizer.loaded(&file.constants);
+        }
         state.schedule_steps = scheduler.last_epoch;
         let groups = state.base_learning_rates.len();
         let scaled = |rates: &[f64]| rates.iter().take(groups).map(|r| r * scene.base_ratio).collect::<Vec<_>>();

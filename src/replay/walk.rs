@@ -135,13 +135,13 @@ impl<'a> Walk<'a> {
             ahead.state.schedule_steps += 1;
             ahead.state.stored_learning_rates = None;
             if cache.has(&ahead.key) {
-                found = Some((ahead.key, ahead.segment));
+                found = Some((ahead.key, ahead.segment, ahead.state.optimizer));
             }
         }
         let device = self.scene.engine.device();
-        let Some((key, segment)) = found else { return Ok(Vec::new()) };
+        let Some((key, segment, optimizer)) = found else { return Ok(Vec::new()) };
         let Some((state, records)) = cache.read(&key, device, &self.state) else { return Ok(Vec::new()) };
-        (self.state, self.key, self.segment) = (state, key, segment);
+        (self.state, self.key, self.segment) = (TrainState { optimizer, ..state }, key, segment);
         Ok(records)
     }
 

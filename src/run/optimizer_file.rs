@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::pickle::View;
 use super::torch_file::{TensorRecipe, TorchFile};
-use super::{AdapterWeights, MatrixState, OptimizerFile, ScalerFile, SchedulerFile};
+use super::{AdapterWeights, MatrixState, OptimizerConstants, OptimizerFile, ScalerFile, SchedulerFile};
 use crate::{Error, Result};
 
 impl OptimizerFile {
@@ -19,7 +19,7 @@ impl OptimizerFile {
         let mut file = TorchFile::open(path)?;
         let plan = Plan::of(file.pickle.root()).map_err(|e| e.at_path(path))?;
         if plan.states.is_empty() {
-            return Ok(Self { states: Vec::new(), group_lr: plan.group_lr });
+            return Ok(Self { states: Vec::new(), group_lr: plan.group_lr, constants: plan.constants });
         }
         let order = registration_order(&plan.groups, adapter.modules.len()).map_err(|e| e.at_path(path))?;
         let mut states = Vec::with_capacity(order.len());
@@ -33,7 +33,7 @@ impl OptimizerFile {
                 .ok_or_else(|| Error::input(format!("state {index} is missing")).at(&name).at_path(path))?;
             states.push(recipe.read(&mut file, &name, shape)?);
         }
-        Ok(Self { states, group_lr: plan.group_lr })
+        Ok(Self { states, group_lr: plan.group_lr, constants: plan.constants })
     }
 }
 
@@ -41,6 +41,7 @@ impl OptimizerFile {
 struct Plan {
     groups: Vec<Vec<i64>>,
     group_lr: Vec<f64>,
+    constants: OptimizerConstants,
     states: HashMap<i64, StateRecipe>,
 }
 
@@ -63,13 +64,29 @@ impl Plan {
                 .next("DeepSpeed keeps its state elsewhere (global_step*/); use a checkpoint of the plain Trainer")
         };
         let groups = root.get("param_groups").and_then(View::elements).ok_or_else(|| broken("no param_groups"))?;
-        let mut plan = Self { groups: Vec::new(), group_lr: Vec::new(), states: HashMap::new() };
+        let mut plan = Self {
+            groups: Vec::new(),
+            group_lr: Vec::new(),
+            constants: OptimizerConstants::default(),
+            states: HashMap::new(),
+        };
+        let mut constants: Option<OptimizerConstants> = None;
         for group in groups {
             let indices =
                 group.get("params").and_then(View::elements).ok_or_else(|| broken("a group without params"))?;
+            if !indices.is_empty() {
+                let here = OptimizerConstants::of(group)?;
+                if constants.is_some_and(|first| first != here) {
+                    return Err(Error::refused("its parameter groups have different betas, eps or weight_decay")
+                        .at("param_groups")
+                        .next("only learning rates may differ between groups (LoRA+)"));
+                }
+                constants = Some(here);
+            }
             plan.groups.push(indices.into_iter().filter_map(View::as_i64).collect());
             plan.group_lr.push(group.get("lr").and_then(View::as_f64).ok_or_else(|| broken("a group without lr"))?);
         }
+        plan.constants = constants.unwrap_or_default();
         let states = root.get("state").and_then(View::entries).ok_or_else(|| broken("no state"))?;
         for (index, state) in states {
             let index = index.as_i64().ok_or_else(|| broken("a state without an index"))?;
@@ -78,6 +95,31 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+}
+
+impl OptimizerConstants {
+    /// # Errors
+    /// Variants of Adam that nothing here computes.
+    fn of(group: View<'_>) -> Result<Self> {
+        for flag in ["amsgrad", "maximize", "nesterov", "momentum"] {
+            if group.get(flag).and_then(View::as_f64).is_some_and(|value| value != 0.0) {
+                return Err(Error::refused(format!("{flag} is not covered"))
+                    .at("param_groups")
+                    .next("replay from a checkpoint of torch's plain AdamW or SGD, or from initial"));
+            }
+        }
+        let float = |key: &str| group.get(key).and_then(View::as_f64);
+        let betas: Option<Vec<f64>> = group.get("betas").and_then(View::elements).and_then(|b| {
+            let floats: Option<Vec<f64>> = b.into_iter().map(View::as_f64).collect();
+            floats.filter(|f| f.len() == 2)
+        });
+        Ok(Self {
+            betas: betas.map(|b| [b[0], b[1]]),
+            eps: float("eps"),
+            weight_decay: float("weight_decay"),
+            fused: group.get("fused").and_then(View::as_i64).map(|flag| flag != 0),
+        })
     }
 }
 

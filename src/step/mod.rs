@@ -164,7 +164,7 @@ pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &
     let mut update_norm = 0.0;
     if !skipped {
         let before = state.adapter.clone();
-        rules.optimizer.update(device, &mut state.adapter, &mut state.moments, &gradients, &learning_rates)?;
+        state.optimizer.update(device, &mut state.adapter, &mut state.moments, &gradients, &learning_rates)?;
         update_norm = distance(device, &before, &state.adapter)?;
     }
     if let Some(scaler) = &mut state.scaler {

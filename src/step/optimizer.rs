@@ -4,7 +4,7 @@
 
 use crate::device::{AdamW, Device, Tensor};
 use crate::model::{Adapter, Gradients};
-use crate::run::{OptimizerFile, TrainConfig};
+use crate::run::{OptimizerConstants, OptimizerFile, TrainConfig};
 use crate::{Error, Result};
 
 /// Moments of one matrix, in its shape and dtype.
@@ -30,7 +30,7 @@ pub enum Rule {
     Sgd,
 }
 
-/// Rule and groups of a run.
+/// Rule and groups of a run. It travels with the state: a resume keeps the constants of the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Optimizer {
     pub rule: Rule,
@@ -58,6 +58,19 @@ impl Optimizer {
             }
         };
         Ok(Self { rule, weight_decay: config.weight_decay, b_ratio: config.loraplus_lr_ratio })
+    }
+
+    /// With the constants that a checkpoint stored: torch's load_state_dict puts the file's groups in the place of
+    /// the new ones, so that betas, eps and weight_decay of a resumed run's configuration have no effect.
+    #[must_use]
+    pub fn loaded(mut self, stored: &OptimizerConstants) -> Self {
+        if let Rule::AdamW { beta1, beta2, epsilon, fused } = &mut self.rule {
+            [*beta1, *beta2] = stored.betas.unwrap_or([*beta1, *beta2]);
+            *epsilon = stored.eps.unwrap_or(*epsilon);
+            *fused = stored.fused.unwrap_or(*fused);
+        }
+        self.weight_decay = stored.weight_decay.unwrap_or(self.weight_decay);
+        self
     }
 
     /// Learning-rate multiple of each group; the first group's is what the trainer logs.

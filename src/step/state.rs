@@ -4,7 +4,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::{GradScaler, Moments, RunningLoss};
+use super::{GradScaler, Moments, Optimizer, RunningLoss};
 use crate::Result;
 use crate::device::Device;
 use crate::model::Adapter;
@@ -15,6 +15,8 @@ pub struct TrainState {
     /// Optimizer steps done (`global_step`).
     pub step: u64,
     pub adapter: Adapter,
+    /// Update rule and constants in force. After a resume the checkpoint's, whatever the configuration says now.
+    pub optimizer: Optimizer,
     /// Per matrix, in optimizer order; empty for SGD.
     pub moments: Vec<Moments>,
     /// Scheduler steps done (`last_epoch`); skipped fp16 steps may hold it back.
@@ -52,6 +54,7 @@ impl TrainState {
             hash.update(moments.updates.to_le_bytes());
         }
         hash.update(format!("{:?}{:?}", self.base_learning_rates, self.stored_learning_rates));
+        hash.update(format!("{:?}", self.optimizer));
         hash.update(format!("{:?}{:?}", self.scaler, self.running_loss));
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
