@@ -102,7 +102,7 @@ fn an_unknown_key_names_the_nearest_known_one_and_the_line() {
 fn keys_that_change_the_numbers_are_refused_by_name() {
     for (yaml, key) in [
         ("quantization_bit: 4\n", "quantization_bit"),
-        ("packing: true\n", "packing"),
+        ("streaming: true\n", "streaming"),
         ("use_dora: true\n", "use_dora"),
         ("optim: lion_32bit\n", "optim"),
         ("neftune_noise_alpha: 5\n", "neftune_noise_alpha"),
@@ -118,7 +118,8 @@ fn keys_that_change_the_numbers_are_refused_by_name() {
         "lora_dropout: 0.1\n",
         "deepspeed: ds_z3.json\n",
         "optim: sgd\n",
-        "packing: false\n",
+        "packing: true\n",
+        "neat_packing: true\n",
         "quantization_bit: null\n",
     ] {
         assert!(Folder::new(yaml).open().is_ok(), "{yaml}");

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::align::{Aligned, Conversation, align, check_columns};
 use super::encode::Encoding;
+use super::pack::Packer;
 use super::random::Mt19937;
 use super::rows::{self, Seen};
 use super::source::{Catalogue, Source};
@@ -28,13 +29,18 @@ impl Corpus {
     /// the base model's embedding lacks; anything whose tokens are not covered.
     pub fn load(run: &Run, config: &TrainConfig) -> Result<Corpus> {
         let version = llamafactory_version(run);
-        let encoding = encoding(config, version)?;
+        let packer = Packer::new(config, version >= V0_9_3)?;
+        let mut encoding = encoding(config, version)?;
+        if let Some(packer) = &packer {
+            encoding.cutoff_len = packer.capacity;
+        }
         let model_dir = run.root.join(&config.model_name_or_path);
         let tokenizer = Tokenizer::load(&model_dir, &encoding.template)?;
         let mut loader = Loader::new(&run.root.join(&config.dataset_dir), config)?;
         let mut corpus = Corpus {
             datasets: Vec::new(),
             train: Vec::new(),
+            packs: Vec::new(),
             eval: Vec::new(),
             dropped: Vec::new(),
             vocab_size: vocab_size(&model_dir)?,
@@ -47,16 +53,21 @@ impl Corpus {
         }
         let mut eval_sets = eval_sets(&mut loader, config, version)?;
         // 0.9.2 tokenizes and then splits, so that dropped rows do not count (contract 2.3).
-        if !run.semantics.splits_before_tokenizing {
+        if !run.semantics.splits_before_tokenizing && packer.is_none() {
             corpus.drop_unusable(&mut rows);
+        }
+        if packer.is_some() && config.val_size > 0.0 && !run.semantics.splits_before_tokenizing {
+            return Err(Error::refused("LLaMA-Factory before 0.9.3 splits off packed rows, which is not covered")
+                .at("val_size")
+                .next("replay without it only if the run used 0.9.3 or later: --versions llamafactory=0.9.4"));
         }
         if let Some((train, test)) = split(count(&rows)?, config.val_size, config.seed)? {
             let mut rows: Vec<Option<AlignedRow>> = std::mem::take(&mut rows).into_iter().map(Some).collect();
             let mut pick = |order: Vec<u32>| order.iter().filter_map(|&i| rows[i as usize].take()).collect::<Vec<_>>();
             eval_sets.push((String::new(), pick(test)));
-            return corpus.tokenized(pick(train), eval_sets, &encoding, &tokenizer, loader);
+            return corpus.tokenized(pick(train), eval_sets, &encoding, &tokenizer, packer, loader);
         }
-        corpus.tokenized(rows, eval_sets, &encoding, &tokenizer, loader)
+        corpus.tokenized(rows, eval_sets, &encoding, &tokenizer, packer, loader)
     }
 
     fn tokenized(
@@ -65,10 +76,15 @@ impl Corpus {
         eval: Vec<(String, Vec<AlignedRow>)>,
         encoding: &Encoding,
         tokenizer: &Tokenizer,
+        packer: Option<Packer>,
         loader: Loader<'_>,
     ) -> Result<Corpus> {
         self.sources = loader.sources;
         self.datasets = self.sources.iter().map(|s| Dataset { name: s.name.clone(), files: s.files.clone() }).collect();
+        let calls = packer.map(|packer| {
+            let calls = packer.calls(train.len());
+            calls.into_iter().zip(&train).filter(|(_, (_, row))| row.is_ok()).map(|(call, _)| call).collect::<Vec<_>>()
+        });
         self.drop_unusable(&mut train);
         if train.is_empty() {
             return Err(Error::input("no usable training row")
@@ -79,12 +95,25 @@ impl Corpus {
                 }));
         }
         self.train = self.encode(&train, encoding, tokenizer)?;
+        if let (Some(packer), Some(calls)) = (packer, calls) {
+            self.pack(&packer, &calls);
+        }
         for (name, mut rows) in eval {
             self.drop_unusable(&mut rows);
             let examples = self.encode(&rows, encoding, tokenizer)?;
             self.eval.push((name, examples));
         }
         Ok(self)
+    }
+
+    fn pack(&mut self, packer: &Packer, calls: &[usize]) {
+        let fits = |example: &Example| example.input_ids.len() <= packer.capacity;
+        let all = std::mem::take(&mut self.train);
+        let (kept, long): (Vec<_>, Vec<_>) = all.into_iter().zip(calls.iter().copied()).partition(|(e, _)| fits(e));
+        let reason = |e: &Example| format!("{} tokens do not fit a packed row", e.input_ids.len());
+        self.dropped.extend(long.iter().map(|(example, _)| (example.row, reason(example))));
+        let (examples, calls): (Vec<_>, Vec<_>) = kept.into_iter().unzip();
+        (self.train, self.packs) = packer.pack(examples, &calls);
     }
 
     fn drop_unusable(&mut self, rows: &mut Vec<AlignedRow>) {

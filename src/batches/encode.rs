@@ -314,7 +314,7 @@ fn assemble(row: RowId, parts: Vec<(Piece, Vec<i32>)>) -> Example {
             whole.cover(base + range.end, field);
         }
     }
-    Example { row, input_ids: whole.ids, labels, spans: whole.spans }
+    Example { row, input_ids: whole.ids, labels, spans: whole.spans, pack: None }
 }
 
 /// Lengths of source and target after truncation to `cutoff` (processor_utils.infer_seqlen).

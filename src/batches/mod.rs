@@ -3,6 +3,7 @@
 mod align;
 mod corpus;
 mod encode;
+mod pack;
 mod plan;
 mod random;
 mod rows;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 
 pub use align::{Aligned, Conversation, align};
 pub use encode::{Element, Encoding, Turn, infer_seqlen};
+pub use pack::{Packed, greedy_knapsack};
 pub use plan::Plan;
 pub use random::{Mt19937, numpy_permutation, randperm};
 pub use rows::{Row, Seen, parse as parse_rows};
@@ -63,12 +65,15 @@ pub struct Example {
     pub labels: Vec<i32>,
     /// Token ranges and what they came from, ascending, covering all tokens.
     pub spans: Vec<(Range<usize>, Field)>,
+    /// Where it lies in a packed row; `None`: it is a row of its own.
+    pub pack: Option<Packed>,
 }
 
 impl Example {
-    /// Labels that are predicted: those at positions ≥ 1 (c_i of the contract, summed over rows).
+    /// Labels that are predicted: those with a token before them (c_i of the contract, summed over rows).
     pub fn label_tokens(&self) -> usize {
-        self.labels.iter().skip(1).filter(|&&l| l != IGNORE).count()
+        let begins_row = self.pack.is_none_or(|pack| pack.offset == 0);
+        self.labels.iter().skip(usize::from(begins_row)).filter(|&&l| l != IGNORE).count()
     }
     /// Labels over all positions, position 0 included (what N counts, contract 5.1).
     pub fn unshifted_label_tokens(&self) -> usize {
@@ -81,6 +86,8 @@ impl Example {
 pub struct Corpus {
     pub datasets: Vec<Dataset>,
     pub train: Vec<Example>,
+    /// The ranges of `train` that share a packed row, which is then what the sampler permutes; empty: nothing is packed.
+    pub packs: Vec<Range<usize>>,
     /// Evaluation rows by set name (`""` for a split or a merged set).
     pub eval: Vec<(String, Vec<Example>)>,
     /// Rows dropped at tokenization, with the reason.
@@ -94,7 +101,7 @@ pub struct Corpus {
 /// One forward/backward of the trainer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatch {
-    /// Indices into [`Corpus::train`], in batch order.
+    /// Indices into [`Corpus::train`], in batch order; those of a packed row side by side.
     pub examples: Vec<usize>,
     /// Data-parallel rank that ran it.
     pub rank: u16,

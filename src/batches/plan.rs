@@ -1,13 +1,13 @@
 //! [`Plan`]: which rows each optimizer step of one process of the trainer saw, with every epoch's order
 //! (contract 3, 7.3, 7.4). Random access by step; an epoch's order is drawn when first asked for.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::sync::OnceLock;
 
 use super::random::randperm;
 use super::shard::Shards;
 use super::windows::{Geometry, Part, Position, Step, cut};
-use super::{Corpus, Fetched, MicroBatch, Window};
+use super::{Corpus, Example, Fetched, MicroBatch, Window};
 use crate::run::{ResumeOrder, TrainConfig, TrainerSemantics, WindowRule};
 use crate::{Error, Result};
 
@@ -23,8 +23,10 @@ pub struct Plan {
     pub total_steps: u64,
     /// Batches of an epoch, per rank.
     pub batches_per_epoch: u64,
-    /// Labels that count towards N, per training example.
+    /// Labels that count towards N, per training row.
     label_counts: Vec<u32>,
+    /// The examples of each row, where rows are packed.
+    packs: Vec<Range<usize>>,
     shards: Shards,
     parts: Vec<Part>,
     steps: Vec<Step>,
@@ -57,12 +59,17 @@ impl Plan {
         semantics: &TrainerSemantics,
         resumed_from: Option<u64>,
     ) -> Result<Plan> {
-        let label_counts = corpus.train.iter().map(|example| {
-            let counted =
-                if semantics.count_shifted { example.label_tokens() } else { example.unshifted_label_tokens() };
-            u32::try_from(counted).unwrap_or(u32::MAX)
-        });
-        Self::of_counts(label_counts.collect(), config, semantics, resumed_from)
+        let counted = |example: &Example| {
+            if semantics.count_shifted { example.label_tokens() } else { example.unshifted_label_tokens() }
+        };
+        let narrow = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let label_counts = if corpus.packs.is_empty() {
+            corpus.train.iter().map(|example| narrow(counted(example))).collect()
+        } else {
+            corpus.packs.iter().map(|pack| narrow(corpus.train[pack.clone()].iter().map(counted).sum())).collect()
+        };
+        let plan = Self::of_counts(label_counts, config, semantics, resumed_from)?;
+        Ok(Plan { packs: corpus.packs.clone(), ..plan })
     }
 
     /// The same from label counts alone (one per training row, in the order the permutation indexes).
@@ -113,6 +120,7 @@ impl Plan {
             total_steps: geometry.total_steps(semantics.windows),
             batches_per_epoch: u64::from(geometry.batches),
             label_counts,
+            packs: Vec::new(),
             shards,
             parts,
             steps,
@@ -170,6 +178,11 @@ impl Plan {
         }
     }
 
+    /// The examples of a training row.
+    fn examples(&self, row: usize) -> Range<usize> {
+        self.packs.get(row).cloned().unwrap_or(row..row + 1)
+    }
+
     fn micro_batches(&self, part: &Part, window: &[Part], into: &mut Vec<MicroBatch>) {
         let order = self.order(part.epoch);
         let examples = |batch: u32, rank: u32| {
@@ -191,7 +204,7 @@ impl Plan {
             for rank in ranks.clone() {
                 let num_items = if self.sums_ranks { all } else { per_rank[rank as usize] };
                 into.push(MicroBatch {
-                    examples: examples(batch, rank).collect(),
+                    examples: examples(batch, rank).flat_map(|row| self.examples(row)).collect(),
                     rank: rank as u16,
                     fetched: Fetched { num_items, micro_batches: part.fetch_end - part.fetch_begin, leaked },
                 });

@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::model::{Adapter, Engine, PassOptions, Ragged, Row};
 use crate::replay::{Observer, Replayer, Scene, Start};
 use crate::report::json::{number, optional};
-use crate::run::{Checkpoint, EvalRow, TrainConfig};
+use crate::run::{Checkpoint, EvalRow, Packing, TrainConfig};
 use crate::step::TrainState;
 use crate::{Error, Result, interrupt};
 
@@ -56,6 +56,11 @@ pub fn eval_loss(
     config: &TrainConfig,
     vocab: usize,
 ) -> Result<(f64, usize)> {
+    if config.packing != Packing::Off {
+        return Err(Error::refused("packed evaluation rows are not covered")
+            .at("packing")
+            .next("evaluate a copy of the configuration without packing: the loss of the same rows, each on its own"));
+    }
     let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
     let (batch, world) = (count(config.per_device_eval_batch_size), count(config.world_size).max(1));
     let shards = Shards::new(count(rows.len()), batch, world, config.dataloader_drop_last);

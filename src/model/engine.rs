@@ -147,7 +147,7 @@ impl Engine {
             flips => Some(self.held.flipped(&*self.device, &self.base, &self.plan, flips)?),
         };
         let held = flipped.as_ref().unwrap_or(&self.held);
-        let rope = RopeTables::new(&*self.device, &self.base.config, batch.longest(), self.plan.residual())?;
+        let rope = RopeTables::new(&*self.device, &self.base.config, batch.positions_end(), self.plan.residual())?;
         let recorder = Recorder::new(options.probes, options.probe_range);
         let (tokens, recompute) = self.memory(batch, options.memory);
         let mut units = Vec::with_capacity(batch.units());

@@ -86,11 +86,8 @@ pub(super) fn unit_losses(batch: &Ragged, losses: &[f32]) -> Vec<UnitOutput> {
     (0..batch.units())
         .map(|unit| {
             let labels = batch.unit_labels[unit]..batch.unit_labels[unit + 1];
-            let rows = batch.unit_rows[unit]..batch.unit_rows[unit + 1];
-            let longest = batch.rows[rows.start..=rows.end].windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
-            let padded = rows.len() * longest.next_multiple_of(8);
             UnitOutput {
-                loss_sum: cascade_sum(&losses[labels.clone()], &batch.padded[labels.clone()], padded),
+                loss_sum: cascade_sum(&losses[labels.clone()], &batch.padded[labels.clone()], batch.unit_padded[unit]),
                 label_tokens: labels.len(),
                 tokens: tokens[unit + 1] - tokens[unit],
                 ..UnitOutput::default()

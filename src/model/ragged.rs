@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::batches::{Corpus, Example, IGNORE, MicroBatch};
+use crate::batches::{Corpus, Example, IGNORE, MicroBatch, Packed};
 use crate::{Error, Result};
 
 /// Token ids and labels of one row; `labels` unshifted, [`IGNORE`] where masked, as long as `ids`.
@@ -13,11 +13,13 @@ use crate::{Error, Result};
 pub struct Row<'a> {
     pub ids: &'a [u32],
     pub labels: &'a [i32],
+    /// Its place in a packed row, whose parts follow each other.
+    pub pack: Option<Packed>,
 }
 
 impl<'a> From<&'a Example> for Row<'a> {
     fn from(example: &'a Example) -> Self {
-        Self { ids: &example.input_ids, labels: &example.labels }
+        Self { ids: &example.input_ids, labels: &example.labels, pack: example.pack }
     }
 }
 
@@ -26,9 +28,10 @@ impl<'a> From<&'a Example> for Row<'a> {
 pub struct Ragged {
     /// [n].
     pub ids: Vec<u32>,
-    /// [n], from 0 in each row.
+    /// [n], from 0 in each row (in a packed row from 0 in each part, or on and on, by version).
     pub positions: Vec<u32>,
-    /// Offsets of rows in tokens; first 0, last n.
+    /// Offsets of rows in tokens; first 0, last n. A token attends to the earlier ones of its row: the parts of a
+    /// packed row are one row, with neat_packing a row each.
     pub rows: Vec<usize>,
     /// Offsets of units in rows.
     pub unit_rows: Vec<usize>,
@@ -40,6 +43,8 @@ pub struct Ragged {
     pub padded: Vec<u32>,
     /// Offsets of units in `labelled`.
     pub unit_labels: Vec<usize>,
+    /// Positions of each unit's padded batch.
+    pub unit_padded: Vec<usize>,
 }
 
 impl Ragged {
@@ -68,21 +73,31 @@ impl Ragged {
 
     fn push_unit(&mut self, rows: &[Row<'_>], vocab: usize) -> Result<()> {
         // DataCollatorForSeq2Seq pads to the longest row, rounded up to a multiple of 8 (contract 2.6).
-        let padded = rows.iter().map(|r| r.ids.len()).max().unwrap_or(0).next_multiple_of(8);
+        let length = |r: &Row<'_>| r.pack.map_or(r.ids.len(), |pack| pack.length);
+        let padded = rows.iter().map(length).max().unwrap_or(0).next_multiple_of(8);
+        let mut lines = 0;
         for (index, row) in rows.iter().enumerate() {
             check(row, vocab).map_err(|e| e.at(format!("row {index}")))?;
             let start = self.ids.len();
-            for (position, &label) in row.labels.iter().enumerate().skip(1) {
+            let offset = row.pack.map_or(0, |pack| pack.offset);
+            lines += usize::from(offset == 0);
+            // The first token of a line is predicted by nothing; that of a later part by the part before it.
+            for (position, &label) in row.labels.iter().enumerate().skip(usize::from(offset == 0)) {
                 if label != IGNORE {
                     self.labelled.push((start + position - 1) as u32);
                     self.targets.push(label as u32);
-                    self.padded.push((index * padded + position - 1) as u32);
+                    self.padded.push(((lines - 1) * padded + offset + position - 1) as u32);
                 }
             }
             self.ids.extend_from_slice(row.ids);
-            self.positions.extend(0..row.ids.len() as u32);
+            let first = if row.pack.is_some_and(|pack| !pack.restarts) { offset } else { 0 };
+            self.positions.extend((first..first + row.ids.len()).map(|position| position as u32));
+            if offset > 0 && row.pack.is_some_and(|pack| !pack.separate) {
+                self.rows.pop();
+            }
             self.rows.push(self.ids.len());
         }
+        self.unit_padded.push(lines * padded);
         self.unit_rows.push(self.rows.len() - 1);
         self.unit_labels.push(self.labelled.len());
         Ok(())
@@ -95,9 +110,9 @@ impl Ragged {
     pub fn units(&self) -> usize {
         self.unit_rows.len().saturating_sub(1)
     }
-    /// Length of the longest row.
-    pub fn longest(&self) -> usize {
-        self.rows.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    /// One more than the highest position.
+    pub fn positions_end(&self) -> usize {
+        self.positions.iter().max().map_or(0, |&last| last as usize + 1)
     }
     /// Offsets of units in tokens.
     pub fn unit_tokens(&self) -> Vec<usize> {
@@ -119,6 +134,7 @@ impl Ragged {
             targets: self.targets[labels.clone()].to_vec(),
             padded: self.padded[labels.clone()].to_vec(),
             unit_labels: from(&self.unit_labels[range.start..=range.end], labels.start),
+            unit_padded: self.unit_padded[range].to_vec(),
         }
     }
 

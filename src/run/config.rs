@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::settings::Settings;
-use super::{TrainConfig, TrainerSemantics, Version, Versions};
+use super::{Packing, TrainConfig, TrainerSemantics, Version, Versions};
 use crate::{Error, Result};
 
 impl TrainConfig {
@@ -45,6 +45,7 @@ impl TrainConfig {
             mask_history: data.mask_history,
             default_system: data.default_system,
             enable_thinking: data.enable_thinking,
+            packing: data.packing,
             disable_shuffling: data.disable_shuffling,
             dataloader_drop_last: s.flag("dataloader_drop_last", false)?,
             per_device_train_batch_size: size(s, "per_device_train_batch_size", 8)?,
@@ -206,6 +207,7 @@ struct Data {
     mask_history: bool,
     default_system: Option<String>,
     enable_thinking: Option<bool>,
+    packing: Packing,
     disable_shuffling: bool,
 }
 
@@ -236,9 +238,20 @@ impl Data {
                 Some(serde_json::Value::Null) => s.maybe_flag("enable_thinking", None)?,
                 _ => s.maybe_flag("enable_thinking", Some(true))?,
             },
+            packing: packing(s)?,
             disable_shuffling: s.flag("disable_shuffling", false)?,
         })
     }
+}
+
+/// neat_packing switches packing on (data_args.__post_init__).
+fn packing(s: &mut Settings) -> Result<Packing> {
+    let (plain, neat) = (s.flag("packing", false)?, s.flag("neat_packing", false)?);
+    Ok(match (plain, neat) {
+        (_, true) => Packing::Neat,
+        (true, false) => Packing::Plain,
+        (false, false) => Packing::Off,
+    })
 }
 
 struct Bookkeeping {

@@ -199,8 +199,6 @@ const REFUSED: &[(&str, When, &str)] = &[
     ("neftune_noise_alpha", When::NonZero, "its noise comes from the device's random stream"),
     ("upcast_lmhead_output", When::Truthy, "not replayed"),
     ("streaming", When::Truthy, "a streamed data set has no order that the seed determines; load it whole"),
-    ("packing", When::Truthy, "packed rows are not replayed yet"),
-    ("neat_packing", When::Truthy, "packed rows are not replayed yet"),
     ("tokenized_path", When::Truthy, "name the data set itself instead of its tokenized copy"),
     ("tool_format", When::Truthy, "tool turns are not replayed"),
     ("ignore_pad_token_for_loss", When::False, "padding that counts in the loss is not replayed"),

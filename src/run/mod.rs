@@ -89,6 +89,7 @@ pub struct TrainConfig {
     pub mask_history: bool,
     pub default_system: Option<String>,
     pub enable_thinking: Option<bool>,
+    pub packing: Packing,
     pub disable_shuffling: bool,
     pub dataloader_drop_last: bool,
     // step
@@ -140,6 +141,17 @@ pub struct TrainConfig {
     pub disagreements: Vec<(String, serde_json::Value, serde_json::Value)>,
     /// Where each field above came from; a field that is absent here is a default.
     pub origins: BTreeMap<String, Origin>,
+}
+
+/// Whether examples share rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Packing {
+    #[default]
+    Off,
+    /// `packing`: later examples of a row attend to the earlier ones.
+    Plain,
+    /// `neat_packing`: they do not.
+    Neat,
 }
 
 /// `major.minor.patch` of a Python package; orders naturally.
@@ -246,6 +258,18 @@ pub struct OptimizerFile {
     pub states: Vec<MatrixState>,
     /// Learning rate of the next step, per group (contract 7.2).
     pub group_lr: Vec<f64>,
+    /// Constants of the groups that hold tensors: they are the same in all of them.
+    pub constants: OptimizerConstants,
+}
+
+/// What `param_groups` says besides learning rates; `None` where this optimizer has no such constant.
+/// torch.optim.Optimizer.load_state_dict takes all of them from the file, whatever the new configuration says.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct OptimizerConstants {
+    pub betas: Option<[f64; 2]>,
+    pub eps: Option<f64>,
+    pub weight_decay: Option<f64>,
+    pub fused: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq)]

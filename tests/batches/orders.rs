@@ -1,7 +1,7 @@
 //! Generators, permutations, splits and lengths against torch, numpy and LLaMA-Factory.
 
 use serde_json::Value;
-use spikeprobe::batches::{Mt19937, infer_seqlen, randperm, split};
+use spikeprobe::batches::{Mt19937, greedy_knapsack, infer_seqlen, randperm, split};
 
 use super::common::*;
 
@@ -82,4 +82,15 @@ fn infer_seqlen_truncates_as_llamafactory_does() {
         let found = infer_seqlen(source as usize, target as usize, cutoff as usize);
         assert_eq!(found, (new_source as usize, new_target as usize), "{case}");
     }
+}
+
+#[test]
+fn packed_rows_are_filled_as_llamafactory_fills_its_knapsacks() {
+    let cases = vector("greedy_knapsack.json");
+    for case in cases.as_array().expect("cases") {
+        let lengths: Vec<usize> = integers(&case["lengths"]).into_iter().map(|l| l as usize).collect();
+        let found = greedy_knapsack(lengths, integer(&case["capacity"]) as usize);
+        assert_eq!(serde_json::to_value(&found).unwrap(), case["out"], "{case}");
+    }
+    assert_eq!(greedy_knapsack(vec![3, 11], 10), [vec![3]], "what fits nowhere ends the distribution");
 }

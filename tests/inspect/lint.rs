@@ -56,6 +56,7 @@ fn data_rows_are_linted() {
         input_ids: ids.to_vec(),
         labels: ids.iter().enumerate().map(|(i, &t)| if i < prompt { IGNORE } else { t as i32 }).collect(),
         spans: Vec::new(),
+        pack: None,
     };
     let long: Vec<u32> = (0..60).collect();
     let datasets = [Dataset { name: "a".into(), files: vec!["a.json".into()] }];

@@ -132,7 +132,7 @@ fn what_is_not_covered_is_refused_by_name() {
 
 #[test]
 fn a_token_outside_the_vocabulary_is_an_error_with_its_place() {
-    let row = |ids: &'static [u32], labels: &'static [i32]| Row { ids, labels };
+    let row = |ids: &'static [u32], labels: &'static [i32]| Row { ids, labels, pack: None };
     let error = Ragged::build([vec![row(&[1, 2], &[-100, 2]), row(&[1, 11], &[-100, -100])]], 11).unwrap_err();
     assert_mentions(&error.to_string(), &["micro-batch 0", "row 1", "token id 11"]);
     let error = Ragged::build([vec![row(&[1, 2], &[-100, 12])]], 11).unwrap_err();

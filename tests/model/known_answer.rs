@@ -40,7 +40,8 @@ fn window(micro: &[serde_json::Value]) -> Ragged {
             (0..ids.len()).map(row).collect()
         })
         .collect();
-    let units = unpadded.iter().map(|u| u.iter().map(|(ids, labels)| Row { ids, labels }).collect::<Vec<_>>());
+    let units =
+        unpadded.iter().map(|u| u.iter().map(|(ids, labels)| Row { ids, labels, pack: None }).collect::<Vec<_>>());
     Ragged::build(units, 64).unwrap()
 }
 

@@ -59,7 +59,8 @@ fn ours(model: &str, plan: PrecisionPlan, scale: f32) -> (Sites, Vec<f32>) {
     let engine = Engine::new(cpu(1), Arc::clone(&base), plan).unwrap();
     let adapter = Adapter::new(engine.device(), &base.config, &all(), &adapter(model), 2.0, plan.adapter).unwrap();
     let mut gradients = Gradients::zeros(engine.device(), &adapter).unwrap();
-    let batch = Ragged::build(parsed.iter().map(|(ids, labels)| [Row { ids, labels }]), base.config.vocab).unwrap();
+    let batch =
+        Ragged::build(parsed.iter().map(|(ids, labels)| [Row { ids, labels, pack: None }]), base.config.vocab).unwrap();
     let seeds: Vec<f32> = seeds.iter().map(|s| s * scale).collect();
     let memory = Memory::Chunks { tokens: 1000, recompute: false };
     let options = PassOptions { probes: Probes::Values, memory, ..PassOptions::default() };

@@ -127,7 +127,7 @@ pub fn random_rows(vocab: usize, lengths: &[&[usize]], seed: u64) -> Ragged {
         })
         .collect();
     let rows: Vec<Vec<Row<'_>>> =
-        units.iter().map(|unit| unit.iter().map(|(ids, labels)| Row { ids, labels }).collect()).collect();
+        units.iter().map(|unit| unit.iter().map(|(ids, labels)| Row { ids, labels, pack: None }).collect()).collect();
     Ragged::build(rows, vocab).unwrap()
 }
 
