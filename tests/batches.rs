@@ -3,7 +3,7 @@
 #[path = "batches/bad_data.rs"]
 mod bad_data; // what a user can get wrong
 #[path = "batches/common.rs"]
-mod common;
+pub mod common;
 #[path = "batches/orders.rs"]
 mod orders; // generators, splits, lengths
 #[path = "batches/properties.rs"]

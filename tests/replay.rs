@@ -8,3 +8,5 @@ mod certificate; // verdicts on scripted logs
 mod known_answer; // tiny_llama: four steps, every number
 #[path = "replay/runs.rs"]
 mod runs; // real LLaMA-Factory runs
+#[path = "replay/version_logs.rs"]
+mod version_logs; // tiny_llama over two epochs of both trainers, and in other precisions

@@ -62,3 +62,16 @@ pub fn geometry(yaml: &str, versions: &[(&str, &str)]) -> (TrainConfig, TrainerS
 pub fn version(text: &str) -> Version {
     Version::parse(text).unwrap_or_else(|| panic!("not a version: {text}"))
 }
+
+/// Token ids and labels (−100 where masked) of the samples behind version_logs/epochs_*.json.
+pub fn epoch_samples() -> Vec<(Vec<u32>, Vec<i32>)> {
+    let text = std::fs::read_to_string(fixtures().join("batches/epoch_samples.json")).expect("epoch_samples.json");
+    let samples: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+    let list = |v: &Value| -> Vec<i32> { serde_json::from_value(v.clone()).expect("integers") };
+    samples.iter().map(|s| (list(&s["ids"]).into_iter().map(|id| id as u32).collect(), list(&s["labels"]))).collect()
+}
+
+/// What a sample adds to N.
+pub fn label_count(sample: &(Vec<u32>, Vec<i32>)) -> u32 {
+    sample.1.iter().filter(|&&label| label != -100).count() as u32
+}

@@ -61,14 +61,11 @@ fn tiny_llama_windows_hold_the_rows_and_counts_that_the_trainer_fetched() {
 /// version_logs/epochs_*.json: steps, logged epochs, N and shapes of every micro-batch that ran.
 fn compare_with_epochs_log(file: &str, versions: &[(&str, &str)]) {
     let log = vector(&format!("version_logs/{file}"));
-    let samples: Value = {
-        let text = std::fs::read_to_string(fixtures().join("batches/epoch_samples.json")).unwrap();
-        serde_json::from_str(&text).unwrap()
-    };
-    for (name, batch) in [("bs1_ga4", 1), ("n93_bs2_ga4", 2)] {
+    let samples = epoch_samples();
+    for (name, batch, rows) in [("bs1_ga4", 1, 10), ("n93_bs2_ga4", 2, 93)] {
         let expected = &log["runs"][name];
-        let samples = samples[name].as_array().unwrap();
-        let counts: Vec<u32> = samples.iter().map(|sample| integer(&sample["labels"]) as u32).collect();
+        let samples = &samples[..rows];
+        let counts: Vec<u32> = samples.iter().map(label_count).collect();
         let yaml = format!(
             "per_device_train_batch_size: {batch}\ngradient_accumulation_steps: 4\nnum_train_epochs: 2.0\nseed: 42\n"
         );
@@ -86,7 +83,7 @@ fn compare_with_epochs_log(file: &str, versions: &[(&str, &str)]) {
         let items: Vec<u32> = micro.iter().map(|micro| micro.fetched.num_items as u32).collect();
         assert_eq!(items, integers(&expected["num_items"]), "{file} {name}: N");
         let shape = |examples: &Vec<usize>| {
-            let longest = examples.iter().map(|&i| integer(&samples[i]["length"]) as u32).max().unwrap();
+            let longest = examples.iter().map(|&i| samples[i].0.len() as u32).max().unwrap();
             [examples.len() as u32, longest.next_multiple_of(8)]
         };
         let shapes: Vec<[u32; 2]> = micro.iter().map(|micro| shape(&micro.examples)).collect();

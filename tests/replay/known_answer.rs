@@ -14,11 +14,11 @@ use spikeprobe::step::{
     LossRules, Optimizer, Rule, RunningLoss, Schedule, ScheduleSpec, StepInput, StepOutput, StepRules, TrainState, step,
 };
 
-fn folder() -> std::path::PathBuf {
+pub fn folder() -> std::path::PathBuf {
     std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vectors")
 }
 
-fn json(name: &str) -> Value {
+pub fn json(name: &str) -> Value {
     let path = folder().join(name);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
@@ -96,6 +96,7 @@ fn known(logged: LoggedLearningRate) -> Known {
     };
     let state = TrainState {
         step: 0,
+        optimizer,
         moments: optimizer.fresh(engine.device(), &adapter).expect("moments"),
         adapter,
         schedule_steps: 0,
@@ -126,7 +127,8 @@ impl Known {
                     .collect()
             })
             .collect();
-        let units = rows.iter().map(|u| u.iter().map(|(ids, labels)| Row { ids, labels }).collect::<Vec<_>>());
+        let units =
+            rows.iter().map(|u| u.iter().map(|(ids, labels)| Row { ids, labels, pack: None }).collect::<Vec<_>>());
         let batch = Ragged::build(units, self.engine.config().vocab).expect("rows");
         let micro_batches = micro.iter().map(|m| MicroBatch {
             examples: Vec::new(),
