@@ -7,13 +7,14 @@ use spikeprobe::replay::{
     Envelope, Intervention, Keeping, Observer, Replayer, Reproduction, Silent, Source, Start, StepRecord, certify,
     relative,
 };
-use spikeprobe::run::{AdapterWeights, LogRow};
-use spikeprobe::step::TrainState;
+use spikeprobe::run::LogRow;
+use spikeprobe::step::{Rule, TrainState};
 
 const DEMO: &str = "runs/a8-lr-stage2-llama-fp32";
 const HEALTHY: &str = "runs/k6-healthy-cos-qwen2-fp32";
 const LOST_OPTIMIZER: &str = "runs/d1-noopt-llama-bf16";
 const LEAK: &str = "runs/n1-leak-qwen2-bf16";
+const OTHER_CONSTANTS: &str = "runs/resume-other-constants";
 const FP16: &str = "runs/h1-fp16-llama-rare";
 
 fn folder(run: &str) -> PathBuf {
@@ -70,43 +71,83 @@ fn the_demonstration_reproduces_its_spike() {
     assert_eq!((certificate.verdict, certificate.bump_at), (Reproduction::Reproduced, Some(3)));
 }
 
-/// Keeps the adapter after one step.
-struct KeepAdapter(u64, Option<AdapterWeights>);
+/// Keeps the state after one step.
+struct KeepState(u64, Option<TrainState>);
 
-impl Observer for KeepAdapter {
+impl Observer for KeepState {
     fn wants_state(&mut self, step: u64) -> bool {
         step == self.0
     }
-    fn state(&mut self, device: &dyn Device, state: &TrainState) -> spikeprobe::Result<()> {
-        self.1 = Some(state.adapter.weights(device)?);
+    fn state(&mut self, _: &dyn Device, state: &TrainState) -> spikeprobe::Result<()> {
+        self.1 = Some(state.clone());
         Ok(())
     }
 }
 
+/// One adapter matrix of a checkpoint (`theirs`) and of the replay: values, exp_avg, exp_avg_sq.
+struct Matrices {
+    name: String,
+    theirs: [Vec<f32>; 3],
+    ours: [Vec<f32>; 3],
+}
+
+fn matrices(replayer: &Replayer, step: u64) -> Vec<Matrices> {
+    let mut keep = KeepState(step, None);
+    replayer.replay(&Start::Initial, step, &[], &mut keep).expect("replay");
+    let state = keep.1.expect("the state");
+    let checkpoint = replayer.run().checkpoint(step).expect("checkpoint");
+    let adapter = checkpoint.adapter().expect("adapter");
+    let optimizer = checkpoint.optimizer(&adapter).expect("optimizer.pt");
+    let device = replayer.device();
+    let values = adapter.modules.iter().flat_map(|m| [(&m.path, 'A', &m.a), (&m.path, 'B', &m.b)]);
+    let pairs = state.adapter.matrices().zip(&state.moments).zip(values.zip(&optimizer.states));
+    pairs
+        .map(|((ours, moments), ((path, side, theirs), stored))| Matrices {
+            name: format!("{path}.lora_{side}"),
+            theirs: [theirs.clone(), stored.exp_avg.clone(), stored.exp_avg_sq.clone()],
+            ours: [ours, &moments.exp_avg, &moments.exp_avg_sq].map(|t| device.download(t).expect("download")),
+        })
+        .collect()
+}
+
+/// Adam divides a gradient by its own size, so rounding noise of a gradient that is nearly zero becomes a share of the
+/// learning rate (2.7e-3 in this step). Measured here: 3 of 74752 elements beyond 1e-5, 1.3e-5 at most, all with
+/// gradients below 1.6e-3 of their matrix's largest and off by 1e-5 of it. PyTorch against its own recording on the
+/// same machine: other MKL kernels (MKL_CBWR=COMPATIBLE) move the same gradients by as much (3.4e-5 of the largest, ours
+/// 3.6e-5), and its AVX2 code path puts 1526 elements beyond 1e-5, by up to 6.5e-4.
 #[test]
 fn the_adapter_after_two_steps_is_the_real_checkpoint() {
+    const STEP: u64 = 2;
     let replayer = open(DEMO);
-    let mut keep = KeepAdapter(2, None);
-    replayer.replay(&Start::Initial, 2, &[], &mut keep).expect("replay");
-    let ours = keep.1.expect("the state after step 2");
-    let theirs = replayer.run().checkpoint(2).expect("checkpoint").adapter().expect("adapter");
-    assert_eq!(ours.modules.len(), theirs.modules.len());
-    let (mut elements, mut beyond, mut worst) = (0u32, 0u32, 0f32);
-    for (a, b) in ours.modules.iter().zip(&theirs.modules) {
-        assert_eq!(a.path, b.path);
-        for (x, y) in a.a.iter().chain(&a.b).zip(b.a.iter().chain(&b.b)) {
-            let difference = (x - y).abs();
-            assert!(!difference.is_nan(), "{}: {x} for {y}", a.path);
+    let Rule::AdamW { beta1, beta2, epsilon, .. } = replayer.scene().segments[0].rules.optimizer.rule else {
+        panic!("the run uses AdamW")
+    };
+    let learning_rate = replayer.run().log.rows[STEP as usize - 1].learning_rate.expect("learning rate");
+    let (mean, square) = (1.0 - beta1.powi(STEP as i32), 1.0 - beta2.powi(STEP as i32));
+    let (mut elements, mut beyond) = (0, 0);
+    for Matrices { name, theirs, ours } in matrices(&replayer, STEP) {
+        // Unbiased, as the update uses them: the mean gradient and its root mean square.
+        let m = |state: &[Vec<f32>; 3], i: usize| f64::from(state[1][i]) / mean;
+        let rms = |state: &[Vec<f32>; 3], i: usize| (f64::from(state[2][i]) / square).sqrt();
+        let largest = (0..theirs[0].len()).map(|i| rms(&theirs, i)).fold(0.0, f64::max);
+        for i in 0..theirs[0].len() {
+            let off = f64::from((ours[0][i] - theirs[0][i]).abs());
+            let gradient_off = (m(&ours, i) - m(&theirs, i)).abs();
+            assert!(gradient_off <= 5e-5 * largest, "{name}[{i}]: gradient off by {gradient_off:e} of {largest:e}");
             elements += 1;
-            beyond += u32::from(difference > 1e-5);
-            worst = worst.max(difference);
+            if off <= 1e-5 {
+                continue;
+            }
+            beyond += 1;
+            // |Δ(m/(r+ε))| ≤ |Δm|/(r+ε) + |m|·|Δr|/(r+ε)², to first order.
+            let r = rms(&theirs, i) + epsilon;
+            let slope = gradient_off / r + m(&theirs, i).abs() * (rms(&ours, i) - rms(&theirs, i)).abs() / (r * r);
+            assert!(off <= 1.05 * learning_rate * slope, "{name}[{i}]: off by {off:e}, not by its gradient's noise");
+            assert!(rms(&theirs, i) <= 2e-3 * largest, "{name}[{i}]: off by {off:e} where the gradient is not small");
         }
     }
-    // Adam divides a gradient by its own size: where an element's gradient is little more than rounding noise, the
-    // noise is scaled up to a share of the learning rate (2.7e-3 here). Measured: 3 of 74752 elements beyond 1e-5.
-    assert!(beyond * 10_000 <= elements, "{beyond} of {elements} elements beyond 1e-5");
-    let learning_rate = replayer.run().log.rows[1].learning_rate.expect("learning rate");
-    assert!(f64::from(worst) <= 0.01 * learning_rate, "{worst:e} is more than 1 % of an Adam step");
+    assert_eq!(elements, 74752);
+    assert!(beyond <= 5, "{beyond} of {elements} elements beyond 1e-5");
 }
 
 #[test]
@@ -129,6 +170,34 @@ fn a_resume_without_optimizer_state_starts_adam_and_schedule_afresh() {
     let steps = replay(&replayer, Start::Checkpoint(24), 26, &[]);
     assert_eq!(steps[0].learning_rate, 0.0, "warmup begins again");
     assert_reproduced(&replayer, &steps, 1e-3, 1e-2);
+}
+
+#[test]
+fn a_resume_keeps_the_constants_stored_in_the_optimizer() {
+    // train.yaml names other betas, eps and weight_decay than the first phase; load_state_dict brings the old ones back.
+    let replayer = open(OTHER_CONSTANTS);
+    let config = &replayer.run().config;
+    assert_eq!((config.adam_beta1, config.adam_epsilon, config.weight_decay), (0.3, 1e-2, 20.0));
+    let from_file = replay(&replayer, Start::Checkpoint(3), 6, &[]);
+    assert_reproduced(&replayer, &from_file, 1e-5, 1e-4);
+    assert_reproduced(&replayer, &replay(&replayer, Start::Initial, 6, &[]), 1e-5, 1e-4);
+    // Asked for by name, a constant does change a replay from that checkpoint.
+    let set = Intervention::Set { key: "adam_beta2".to_owned(), value: 0.5.into() };
+    let with = replay(&replayer, Start::Checkpoint(3), 5, &[set]);
+    let log = logged(&replayer, &with[1]).loss.expect("loss");
+    assert!(relative(with[1].loss, log) > 1e-2, "{} for {log}", with[1].loss);
+}
+
+#[test]
+fn packed_rows_give_the_logged_numbers() {
+    // Plain: later examples of a row attend to earlier ones, positions restart. Neat (here with train_on_prompt): they
+    // do not, but the first label of each is predicted by the example before it.
+    for (run, examples) in [("runs/packing-plain", 2), ("runs/packing-neat", 2)] {
+        let replayer = open(run);
+        let window = replayer.window(1).expect("window");
+        assert!(window.micro_batches.iter().all(|m| m.examples.len() > examples), "{run}: rows are packed");
+        assert_reproduced(&replayer, &replay(&replayer, Start::Initial, 4, &[]), 1e-5, 1e-4);
+    }
 }
 
 #[test]
