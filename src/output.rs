@@ -28,7 +28,8 @@ pub fn complain(text: &str) {
 }
 
 /// Creates or replaces `path` with what `fill` writes: through a temporary file in the same folder, renamed when
-/// complete, so that a reader never sees half a file and a failure leaves the old one.
+/// complete, so that a reader never sees half a file and a failure leaves the old one. A device or pipe (/dev/null) is
+/// written to as it is: a rename would put a file in its place.
 ///
 /// # Errors
 /// [`crate::error::Kind::Output`] naming the file; errors of `fill` as they are.
@@ -36,6 +37,12 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
     let failed = |what: &str, e: std::io::Error| {
         Error::output(format!("{what}: {e}")).at_path(path).next("check free space and permissions of the folder")
     };
+    if std::fs::metadata(path).is_ok_and(|about| !about.is_file() && !about.is_dir()) {
+        let mut device = std::fs::OpenOptions::new().write(true).open(path).map_err(|e| failed("cannot open", e))?;
+        let mut whole = Vec::new();
+        fill(&mut whole)?;
+        return device.write_all(&whole).map_err(|e| failed("cannot write", e));
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -118,6 +118,22 @@ fn results_that_cannot_be_written_leave_nothing_behind() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_named_and_a_device_stays_a_device() {
+    use std::os::unix::fs::FileTypeExt;
+    for (path, code) in [("/dev/full", 1), ("/dev/null", 0)] {
+        let done = output(&["replay", RUN, "--to", "1", "--json", path]);
+        let said = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(code), "{said}");
+        assert!(
+            code == 0 || (said.contains(path) && said.contains("No space left") && said.contains("try:")),
+            "{said}"
+        );
+        assert!(std::fs::metadata(path).expect(path).file_type().is_char_device(), "{path} was replaced by a file");
+    }
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_keeps_what_is_done_and_exits_with_130() {
     let folder = tempfile::tempdir().expect("folder");
