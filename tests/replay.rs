@@ -2,6 +2,8 @@
 //!
 //! Runs: `fixtures/runs/` (its script says what they are) and `demo/`; the known answer: `fixtures/vectors/tiny_llama`.
 
+#[path = "replay/bad_input.rs"]
+mod bad_input; // damaged, missing and unfitting files of a real run
 #[path = "replay/certificate.rs"]
 mod certificate; // verdicts on scripted logs
 #[path = "replay/known_answer.rs"]

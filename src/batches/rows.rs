@@ -115,7 +115,8 @@ fn read_json(file: &mut dyn Read, sink: &mut Sink<'_>) -> Result<()> {
     };
     match (broken, outcome) {
         (Some(error), _) => Err(error),
-        (None, Err(error)) => Err(Error::input(format!("not valid JSON: {error}"))),
+        (None, Err(error)) => Err(Error::input(format!("not valid JSON: {error}"))
+            .next("the file is damaged or only partly copied; copy it again")),
         (None, Ok(())) => Ok(()),
     }
 }

@@ -91,7 +91,7 @@ impl Catalogue {
                 .next("check `dataset_dir`; relative paths resolve against --root")
         })?;
         let value: Value = serde_json::from_str(&text)
-            .map_err(|error| Error::input(format!("not valid JSON: {error}")).at_path(&path))?;
+            .map_err(|error| Error::input(format!("not valid JSON: {error}")).at_path(&path).next("copy it again"))?;
         match value {
             Value::Object(entries) => Ok(Self { dir: dataset_dir.to_path_buf(), path, entries }),
             _ => Err(Error::input("not a JSON object of datasets").at_path(&path)),
@@ -131,7 +131,8 @@ impl Catalogue {
             if path.is_file() {
                 return Ok(vec![path]);
             }
-            return Err(Error::input(format!("its file {} does not exist", path.display())));
+            return Err(Error::input(format!("its file {} does not exist", path.display()))
+                .next("put the file there, or correct file_name or dataset_dir"));
         }
         let listing = std::fs::read_dir(&path).map_err(|error| Error::input(error.to_string()).at_path(&path))?;
         let mut files = Vec::new();

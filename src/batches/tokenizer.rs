@@ -102,8 +102,9 @@ fn missing(model_dir: &Path, path: &Path) -> Error {
 /// A JSON object file.
 fn object(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).map_err(|error| Error::input(error.to_string()).at_path(path))?;
-    let value: Value =
-        serde_json::from_str(&text).map_err(|error| Error::input(format!("not valid JSON: {error}")).at_path(path))?;
+    let value: Value = serde_json::from_str(&text).map_err(|error| {
+        Error::input(format!("not valid JSON: {error}")).at_path(path).next("copy or download the model folder again")
+    })?;
     if value.is_object() { Ok(value) } else { Err(Error::input("not a JSON object").at_path(path)) }
 }
 

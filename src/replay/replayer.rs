@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cache::Cache;
@@ -97,6 +97,8 @@ pub struct Replayer {
     scene: Arc<Scene>,
     shared: Shared,
     memory: Mutex<Memory>,
+    /// The base model's broken tensors, once a loss was NaN and somebody had to look.
+    broken: OnceLock<Vec<(String, u64)>>,
 }
 
 /// What earlier replays left.
@@ -123,7 +125,7 @@ impl Replayer {
         let others = Arc::default();
         let shared = Shared { device, base, corpus, engine, others, learning_rate };
         let scene = Arc::new(Scene::new(&shared, run, &[])?);
-        Ok(Self { source, scene, shared, memory: Mutex::default() })
+        Ok(Self { source, scene, shared, memory: Mutex::default(), broken: OnceLock::new() })
     }
 
     /// The run as it was.
@@ -255,6 +257,29 @@ impl Replayer {
     /// Drops everything remembered (scenes, records, states): for callers that replay hundreds of settings once each.
     pub fn forget(&self) {
         *self.memory() = Memory::default();
+    }
+
+    /// Fails if the base model holds NaN or infinities: what to ask when a loss is NaN. Reads every weight, once.
+    ///
+    /// # Errors
+    /// Names the tensor; those of the device.
+    pub(super) fn check_base(&self) -> Result<()> {
+        let broken = match self.broken.get() {
+            Some(known) => known,
+            None => {
+                let found = self.shared.base.nonfinite(self.device())?;
+                self.broken.get_or_init(|| found)
+            }
+        };
+        match broken.first() {
+            None => Ok(()),
+            Some((name, count)) => {
+                Err(Error::input(format!("{count} weights are NaN or infinite, so the loss is not a number"))
+                    .at(name)
+                    .at_path(&self.shared.base.dir)
+                    .next("copy or download the base model again"))
+            }
+        }
     }
 
     /// `start`, or the latest earlier one whose optimizer is on disk.

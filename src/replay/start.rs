@@ -40,8 +40,9 @@ fn initial(scene: &Scene, segment: &Segment) -> Result<TrainState> {
     let (weights, scaling, targets) = match &config.adapter_name_or_path {
         Some(folder) => {
             let folder = scene.run.path(folder);
-            let (scaling, targets) = adapter_config(&folder)?;
-            (AdapterWeights::read(&folder)?, scaling, targets)
+            let weights = AdapterWeights::read(&folder)?;
+            let (scaling, targets) = adapter_config(&folder, &weights)?;
+            (weights, scaling, targets)
         }
         None => {
             let targets = config.lora_target.clone();
@@ -83,7 +84,7 @@ fn resumed(scene: &Scene, segment: &Segment, step: u64) -> Result<TrainState> {
     };
     let weights = checkpoint.adapter()?;
     let (scaling, targets) = match &config.adapter_name_or_path {
-        Some(folder) => adapter_config(&scene.run.path(folder))?,
+        Some(folder) => adapter_config(&scene.run.path(folder), &weights)?,
         None => (scaling(config.lora_alpha, config.lora_rank as f64, config.use_rslora), config.lora_target.clone()),
     };
     let plan = scene.engine.plan();
@@ -156,8 +157,9 @@ fn scaling(alpha: f64, rank: f64, rslora: bool) -> f64 {
     if rslora { alpha / rank.sqrt() } else { alpha / rank }
 }
 
-/// Scaling and targets of an adapter that training continued from: its own, whatever the YAML says.
-fn adapter_config(folder: &Path) -> Result<(f64, Vec<String>)> {
+/// Scaling and targets of an adapter that training continued from: its own, whatever the YAML says. `weights` must have
+/// its rank.
+fn adapter_config(folder: &Path, weights: &AdapterWeights) -> Result<(f64, Vec<String>)> {
     let path = folder.join("adapter_config.json");
     let broken = |what: &str| Error::input(what).at_path(&path).next("copy the adapter folder again");
     let text = std::fs::read_to_string(&path).map_err(|e| broken(&format!("cannot be read: {e}")))?;
@@ -166,6 +168,10 @@ fn adapter_config(folder: &Path) -> Result<(f64, Vec<String>)> {
     let (Some(alpha), Some(rank)) = (number("lora_alpha"), number("r")) else {
         return Err(broken("lora_alpha or r is missing"));
     };
+    if let Some(other) = weights.modules.iter().find(|module| module.rank as f64 != rank) {
+        let what = format!("r is {rank}, but {} has rank {}", other.path, other.rank);
+        return Err(broken(&what));
+    }
     let rslora = json.get("use_rslora").and_then(serde_json::Value::as_bool).unwrap_or(false);
     for pattern in ["rank_pattern", "alpha_pattern"] {
         if json.get(pattern).and_then(|p| p.as_object()).is_some_and(|p| !p.is_empty()) {

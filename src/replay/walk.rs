@@ -182,6 +182,9 @@ impl<'a> Walk<'a> {
             observer.state(device, &self.state)?;
         }
         let record = record(self.scene, self.segment, &planned.window, &output);
+        if record.loss_raw.is_nan() {
+            self.replayer.check_base().map_err(place)?;
+        }
         self.remember(&record);
         Ok(record)
     }

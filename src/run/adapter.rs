@@ -105,7 +105,9 @@ fn pair(path: String, sides: [Option<Matrix>; 2]) -> Result<AdapterModule> {
         return Err(Error::input("one of lora_A and lora_B is missing").at(path));
     };
     if a.shape[0] != b.shape[1] {
-        return Err(Error::input(format!("lora_A {:?} and lora_B {:?} do not share a rank", a.shape, b.shape)).at(path));
+        return Err(Error::input(format!("lora_A {:?} and lora_B {:?} do not share a rank", a.shape, b.shape))
+            .at(path)
+            .next("the file is damaged or not a LoRA adapter; copy it again"));
     }
     Ok(AdapterModule { path, rank: a.shape[0], fan_in: a.shape[1], fan_out: b.shape[0], a: a.values, b: b.values })
 }

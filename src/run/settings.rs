@@ -63,9 +63,9 @@ impl Settings {
         let text = std::fs::read_to_string(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
         let json = path.extension().is_some_and(|e| e == "json");
         let value: Value = if json {
-            super::json::parse(&text).map_err(|e| Error::input(format!("invalid JSON: {e}")).at_path(path))?
+            super::json::parse(&text).map_err(|e| unparsable("JSON", &e.to_string(), path))?
         } else {
-            parse_yaml(&text).map_err(|e| Error::input(format!("invalid YAML: {e}")).at_path(path))?
+            parse_yaml(&text).map_err(|e| unparsable("YAML", &e.to_string(), path))?
         };
         let Value::Object(map) = value else {
             return Err(Error::input("a configuration is a flat list of `key: value`").at_path(path));
@@ -301,4 +301,10 @@ pub fn line_of(text: &str, key: &str, path: &Path) -> String {
         Some(index) => format!("{}:{}", path.display(), index + 1),
         None => path.display().to_string(),
     }
+}
+
+fn unparsable(language: &str, reason: &str, path: &Path) -> Error {
+    Error::input(format!("invalid {language}: {reason}"))
+        .at_path(path)
+        .next("correct that line, or name the configuration that the run was started with")
 }
