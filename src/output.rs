@@ -6,6 +6,7 @@ use std::fs::Permissions;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
+use crate::error::Kind;
 use crate::{Error, Result};
 
 /// Writes `text` to standard output. A reader that went away (`| head`) is no error.
@@ -34,13 +35,16 @@ pub fn complain(text: &str) {
 /// # Errors
 /// [`crate::error::Kind::Output`] naming the file; errors of `fill` as they are.
 pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-    let failed = |what: &str, e: std::io::Error| {
-        Error::output(format!("{what}: {e}")).at_path(path).next("check free space and permissions of the folder")
+    const REMEDY: &str = "check free space and permissions of the folder";
+    let failed = |what: &str, e: std::io::Error| Error::output(format!("{what}: {e}")).at_path(path).next(REMEDY);
+    let placed = |e: Error| {
+        let e = if e.place.is_none() { e.at_path(path) } else { e };
+        if e.kind == Kind::Output && e.next.is_none() { e.next(REMEDY) } else { e }
     };
     if std::fs::metadata(path).is_ok_and(|about| !about.is_file() && !about.is_dir()) {
         let mut device = std::fs::OpenOptions::new().write(true).open(path).map_err(|e| failed("cannot open", e))?;
         let mut whole = Vec::new();
-        fill(&mut whole)?;
+        fill(&mut whole).map_err(placed)?;
         return device.write_all(&whole).map_err(|e| failed("cannot write", e));
     }
     let folder = match path.parent() {
@@ -57,7 +61,7 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
     }
     let file = builder.tempfile_in(folder).map_err(|e| failed("cannot create", e))?;
     let mut buffered = std::io::BufWriter::new(file);
-    fill(&mut buffered).map_err(|e| if e.place.is_none() { e.at_path(path) } else { e })?;
+    fill(&mut buffered).map_err(placed)?;
     let file = buffered.into_inner().map_err(|e| failed("cannot write", e.into_error()))?;
     file.as_file().sync_all().map_err(|e| failed("cannot write", e))?;
     file.persist(path).map_err(|e| failed("cannot put in place", e.error))?;
