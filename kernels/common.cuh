@@ -18,7 +18,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// The order of src/device/cuda/tag.rs.
+// The order of src/device/cuda/kernels.rs.
 enum Tag { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
 
 __device__ __forceinline__ float bf16_to_f32(u16 bits) { return __uint_as_float((u32)bits << 16); }
@@ -92,3 +92,22 @@ __device__ __forceinline__ float block_max(float x) {
     u32 lane = threadIdx.x % 32;
     return warp_max(lane < blockDim.x / 32 ? warp_results[lane] : -INFINITY);
 }
+
+// A sum with its rounding error, about 48 bits: f64 would run at 1/64 rate on consumer cards.
+struct Pair {
+    float high, low;
+};
+
+// Knuth's TwoSum; the error terms add up in `low`.
+__device__ __forceinline__ void pair_add(Pair& total, float x) {
+    float sum = total.high + x;
+    float part = sum - total.high;
+    total.low += (total.high - (sum - part)) + (x - part);
+    total.high = sum;
+}
+__device__ __forceinline__ void pair_add_square(Pair& total, float x) {
+    float square = x * x;
+    pair_add(total, square);
+    total.low += fmaf(x, x, -square);
+}
+__device__ __forceinline__ double pair_value(Pair p) { return (double)p.high + (double)p.low; }

@@ -1,7 +1,8 @@
 // Statistics of any number of tensors, or units of rows of one, in one read of memory and two launches.
 //
-// A chunk is a run of at most `elements` of one unit; the table lists chunks in order (address, count, dtype tag, unit), so
-// the same kernel serves one tensor by micro-batch and all tensors of a step at once.
+// A chunk is a run of elements of one unit; the table lists chunks in order (address, count, dtype tag), so the same kernel
+// serves one tensor by micro-batch and all gradients of a step at once. Measured is round(x · factor): gradients as they
+// will be once the loss scale is taken out, without a pass that does it.
 // statistics_partials  one block of 256 threads a chunk → partials[chunk]
 // statistics_combine   one block of 32 threads a unit → results[unit], partials begins[unit]..begins[unit+1]
 //
@@ -29,26 +30,6 @@ struct Limits {
     float rounds_to_zero;   // magnitudes up to this one
     float rounds_to_inf;    // magnitudes from this one
 };
-
-struct Pair {
-    float high, low;
-};
-
-// Knuth's TwoSum; the error terms add up in `low`.
-__device__ __forceinline__ void add(Pair& total, float x) {
-    float sum = total.high + x;
-    float part = sum - total.high;
-    total.low += (total.high - (sum - part)) + (x - part);
-    total.high = sum;
-}
-
-__device__ __forceinline__ void add_square(Pair& total, float x) {
-    float square = x * x;
-    add(total, square);
-    total.low += fmaf(x, x, -square);
-}
-
-__device__ __forceinline__ double value(Pair p) { return (double)p.high + (double)p.low; }
 
 __device__ __forceinline__ void merge(Partial& a, const Partial& b) {
     a.sum_squares += b.sum_squares;
@@ -94,30 +75,32 @@ __device__ __forceinline__ void count(Tally& t, float x, const Limits& limits) {
     t.min_abs = fminf(t.min_abs, magnitude);
     // Thousands of the largest float would overflow a plain sum.
     if (magnitude < 0x1p100f) {
-        add(t.sum, x);
+        pair_add(t.sum, x);
     } else {
-        add(t.large_sum, x * 0x1p-40f);
+        pair_add(t.large_sum, x * 0x1p-40f);
     }
     if (magnitude < 0x1p-40f) {
-        add_square(t.small, x * 0x1p90f);
+        pair_add_square(t.small, x * 0x1p90f);
     } else if (magnitude < 0x1p40f) {
-        add_square(t.middle, x);
+        pair_add_square(t.middle, x);
     } else {
-        add_square(t.large, x * 0x1p-80f);
+        pair_add_square(t.large, x * 0x1p-80f);
     }
 }
 
 static __shared__ Partial thread_partials[256];
 
-extern "C" __global__ void statistics_partials(Partial* partials, const Chunk* chunks, Limits limits) {
+extern "C" __global__ void statistics_partials(Partial* partials, const Chunk* chunks, Limits limits, float factor) {
     Chunk chunk = chunks[blockIdx.x];
     Tally t = {{0, 0}, {0, 0}, {0, 0}, {0, 0}, {0, 0}, 0, 0, 0, 0, 0, 0, 0, 0.0f, INFINITY};
     for (u32 i = threadIdx.x; i < chunk.count; i += blockDim.x) {
-        count(t, load((const void*)chunk.address, i, chunk.tag), limits);
+        float x = load((const void*)chunk.address, i, chunk.tag);
+        if (factor != 1.0f) x = round_to(x * factor, chunk.tag);
+        count(t, x, limits);
     }
     Partial p = nothing();
-    p.sum_squares = value(t.small) * 0x1p-180 + value(t.middle) + value(t.large) * 0x1p160;
-    p.sum = value(t.sum) + value(t.large_sum) * 0x1p40;
+    p.sum_squares = pair_value(t.small) * 0x1p-180 + pair_value(t.middle) + pair_value(t.large) * 0x1p160;
+    p.sum = pair_value(t.sum) + pair_value(t.large_sum) * 0x1p40;
     p.nan = t.nan;
     p.pos_inf = t.pos_inf;
     p.neg_inf = t.neg_inf;

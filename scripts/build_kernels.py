@@ -9,6 +9,7 @@ import tempfile
 
 KERNELS = pathlib.Path("kernels")
 PTX = KERNELS / "ptx"
+RESOURCES = KERNELS / "RESOURCES.md"
 # sm_75 is the oldest that the committed PTX runs on; ptxas 12.0 knows up to sm_90, Blackwell needs 13.
 ARCHITECTURES = {"12.0": ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"], "13": ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]}
 # fmad off: PyTorch's op chains round after every multiplication; where one rounding is meant the source says fmaf.
@@ -67,6 +68,26 @@ def second_compiler(tools, source):
         sys.exit(f"{source}: nvcc 13\n{done.stdout}{done.stderr}")
 
 
+def resources(report):
+    """The text of RESOURCES.md: a row a kernel, a column a compiler and architecture."""
+    columns = list(dict.fromkeys((version, architecture) for _, version, architecture, *_ in report))
+    cells = {(kernel, version, architecture): f"{registers}" + (f" +{spills} B" if spills else "") for kernel, version, architecture, registers, _, spills in report}
+    shared = {kernel: most for kernel, *_, most, _ in report}
+    head = "| kernel | shared | " + " | ".join(f"{architecture} ({version})" for version, architecture in columns) + " |"
+    rows = [f"| {k} | {shared[k]} B | " + " | ".join(cells[k, *c] for c in columns) + " |" for k in dict.fromkeys(r[0] for r in report)]
+    return "\n".join(
+        [
+            "# Registers a thread, by architecture",
+            "Written by `scripts/build-kernels`: `ptxas -v` of the committed PTX (version in brackets), `+N B` where a kernel spills.",
+            "",
+            head,
+            "|" + "---|" * (len(columns) + 2),
+            *rows,
+            "",
+        ]
+    )
+
+
 def main():
     tools, arguments = Toolchain(sys.argv[1]), sys.argv[2:]
     check = "--check" in arguments
@@ -85,17 +106,17 @@ def main():
         for version, architectures in ({"12.0": ["sm_75"]} if quick else ARCHITECTURES).items():
             for architecture in architectures:
                 for kernel, registers, spills, shared in assemble(tools, version, architecture, path):
-                    report.append(f"{kernel:32} {architecture:7} ptxas {version:5} {registers:4} registers {shared:6} B shared {spills:4} B spilled")
+                    report.append((kernel, version, architecture, registers, shared, spills))
                     if spills:
                         failures.append(f"{kernel} spills {spills} bytes on {architecture} (ptxas {version})")
     if check:
         for source in sources:
             second_compiler(tools, source)
-    text = "\n".join(report) + "\n"
-    if "--report" in arguments:
-        pathlib.Path(arguments[arguments.index("--report") + 1]).write_text(text)
-    else:
-        print(text, end="")
+    text = resources(report)
+    if check and (not RESOURCES.exists() or RESOURCES.read_text() != text):
+        failures.append(f"{RESOURCES} is not what ptxas says: run scripts/build-kernels and commit")
+    if not check and not quick:
+        RESOURCES.write_text(text)
     print(f"{len(sources)} files, {len(report)} kernels assembled, {len(failures)} failures", file=sys.stderr)
     if failures:
         sys.exit("\n".join(failures))

@@ -17,8 +17,10 @@ pub enum Kind {
     Refused,
     /// The command line is wrong. Exit code 2.
     Usage,
-    /// The device cannot do it: no driver, out of memory. Exit code 1.
+    /// The device cannot do it: no driver, a failed launch. Exit code 1.
     Device,
+    /// The device's memory is full; less at a time may fit. Exit code 1.
+    Memory,
     /// Writing results failed: disk full, permissions. Exit code 1.
     Output,
     /// Ctrl-C. Exit code 130.
@@ -64,6 +66,9 @@ impl Error {
     }
     pub fn device(what: impl Into<String>) -> Self {
         Self::new(Kind::Device, what)
+    }
+    pub fn memory(what: impl Into<String>) -> Self {
+        Self::new(Kind::Memory, what)
     }
     pub fn output(what: impl Into<String>) -> Self {
         Self::new(Kind::Output, what)

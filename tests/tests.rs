@@ -2,8 +2,8 @@
 
 mod batches; // vectors: orders, splits, ids, labels, windows
 mod cli; // the program as a user types it: exit codes, messages, files
-mod cuda; // every operation on the CPU and on CUDA (or its emulator), the driver's messages, GPU memory
-mod device; // every operation on every device, against f64
+mod cuda; // the driver's messages, GPU memory, kernel benchmarks (a GPU or the emulator)
+mod device; // every operation on the CPU and on CUDA (or its emulator), against f64 and PyTorch
 mod diagnosis; // verdicts on scripted evidence and on recorded runs
 mod eval; // eval_loss of checkpoints against transformers
 mod inspect; // log forensics, lint, eval, comparison

@@ -1,10 +1,14 @@
 // Device memory: each allocation in pages of its own between two that cannot be touched, filled with 0xFF (NaN in
-// every dtype), unmapped when freed. The last byte lies at most 15 before the guard page; those are checked when the
-// allocation is freed. A kernel that leaves its buffers is stopped and named by the SIGSEGV handler.
+// every dtype), unmapped when freed. Starts are multiples of 8 and no more, so that whoever needs a wider alignment is
+// caught by UBSan. The at most 7 bytes before the guard page are checked when the allocation is freed. A kernel that
+// leaves its buffers is stopped and named by the SIGSEGV handler.
 // Under AddressSanitizer plain malloc is used instead, whose red zones are exact.
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -65,10 +69,11 @@ void* allocate(size_t bytes) {
     }
     if (used + bytes > total_memory()) return nullptr;
 #if defined(__SANITIZE_ADDRESS__)
-    char* start = static_cast<char*>(malloc(bytes));
+    char* start = static_cast<char*>(malloc(bytes + 8)) + 8;
+    __asan_poison_memory_region(start - 8, 8);
     live()[start] = {start, bytes, bytes};
 #else
-    size_t room = (bytes + 15) / 16 * 16, mapped = (room + page - 1) / page * page + 2 * page;
+    size_t room = (bytes + 7) / 8 * 8, mapped = (room + page - 1) / page * page + 2 * page;
     char* mapping =
         static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (mapping == MAP_FAILED) return nullptr;
@@ -104,7 +109,8 @@ bool release(void* address) {
     if (found == live().end()) return false;
     check(found->first, found->second);
 #if defined(__SANITIZE_ADDRESS__)
-    free(address);
+    __asan_unpoison_memory_region(found->first - 8, 8);
+    free(found->first - 8);
 #else
     munmap(found->second.mapping, found->second.mapped);
 #endif

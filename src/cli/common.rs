@@ -77,17 +77,24 @@ fn parse_version(typed: &str) -> std::result::Result<(String, String), String> {
 }
 
 impl Common {
-    /// The device that `--device` means.
+    /// The device that `--device` means; where `auto` had to take the CPU it says why.
     ///
     /// # Errors
     /// A device that was asked for and is not there.
     pub fn open_device(&self) -> Result<Arc<dyn Device>> {
+        let threads = self.threads.map(usize::from);
         let name = match self.device {
-            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Auto => {
+                let (device, why) = crate::device::open_best(threads)?;
+                if let Some(why) = why {
+                    self.remark(&format!("on the CPU: {}", why.what));
+                }
+                return Ok(device);
+            }
             DeviceChoice::Cpu => "cpu".to_owned(),
             DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
         };
-        crate::device::open(&name, self.threads.map(usize::from)).map_err(|e| e.at("--device"))
+        crate::device::open(&name, threads).map_err(|e| e.at("--device"))
     }
 
     /// Where a run lies, with what the command line says about it.

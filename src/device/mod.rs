@@ -130,6 +130,31 @@ pub struct AdamW {
     pub fused: bool,
 }
 
+/// One tensor of [`Device::update`], changed in place.
+#[derive(Debug)]
+pub struct Update<'a> {
+    pub p: &'a mut Tensor,
+    pub g: &'a Tensor,
+    pub rule: UpdateRule<'a>,
+}
+
+/// How [`Update`] moves its tensor.
+#[derive(Debug)]
+pub enum UpdateRule<'a> {
+    AdamW { m: &'a mut Tensor, v: &'a mut Tensor, with: AdamW },
+    Sgd { learning_rate: f64, weight_decay: f64 },
+}
+
+/// What [`Device::norms`] gives of one unit: ‖x‖₂ as torch.linalg.vector_norm has it (f32), non-finite elements.
+pub type Norm = (f32, u64);
+
+/// Norms that may still be under way on the device; [`Device::finish_norms`] waits for them.
+#[derive(Debug)]
+pub enum PendingNorms {
+    Ready(Vec<Norm>),
+    Cuda(cuda::Measured),
+}
+
 /// The attention geometry of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
@@ -253,12 +278,55 @@ pub trait Device: Send + Sync {
     fn adamw(&self, p: &mut Tensor, g: &Tensor, m: &mut Tensor, v: &mut Tensor, with: &AdamW) -> Result<()>;
     /// p -= lr · (g + weight_decay · p), in place.
     fn sgd(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()>;
+    /// One optimizer update of many tensors. Each gradient is multiplied by each of `factors` first (loss scale taken
+    /// out, clipping), rounded to its dtype each time; a factor of 1 changes nothing. The gradients themselves stay as
+    /// they are. Returns ‖Δp‖₂ over all tensors.
+    fn update(&self, tensors: &mut [Update<'_>], factors: [f32; 2]) -> Result<f64> {
+        let mut squares = 0.0;
+        for Update { p, g, rule } in tensors {
+            let mut g = g.clone();
+            for factor in factors.into_iter().filter(|&f| f != 1.0) {
+                self.scale_in_place(&mut g, factor)?;
+            }
+            let before = p.clone();
+            match rule {
+                UpdateRule::AdamW { m, v, with } => self.adamw(p, &g, m, v, with)?,
+                UpdateRule::Sgd { learning_rate, weight_decay } => self.sgd(p, &g, *learning_rate, *weight_decay)?,
+            }
+            let moved = self.add(p, &self.scale(&before, -1.0, before.dtype)?, DType::F32)?;
+            for (norm, _) in self.norms(&moved, &[0, moved.rows()])? {
+                squares += f64::from(norm).powi(2);
+            }
+        }
+        Ok(squares.sqrt())
+    }
 
     // ---- measuring
     /// Statistics against the range of `target`, one per unit of rows.
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>>;
     /// ‖x‖₂ per unit as torch.linalg.vector_norm gives it (f32 result), and its non-finite count.
-    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>>;
+    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<Norm>>;
+    /// [`Device::norms`] without waiting for the device, so that the host can queue what follows.
+    fn queue_norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<PendingNorms> {
+        Ok(PendingNorms::Ready(self.norms(x, units)?))
+    }
+    /// What `queue_norms` began.
+    fn finish_norms(&self, pending: PendingNorms) -> Result<Vec<Norm>> {
+        match pending {
+            PendingNorms::Ready(norms) => Ok(norms),
+            PendingNorms::Cuda(_) => Err(crate::Error::internal("norms of a GPU were asked of another device")),
+        }
+    }
+    /// The norm of each whole tensor times `factor`, rounded to its dtype before it is measured: gradients as they are
+    /// once the loss scale is taken out.
+    fn norms_of(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
+        let mut norms = Vec::with_capacity(tensors.len());
+        for x in tensors {
+            let scaled = if factor == 1.0 { x.clone() } else { self.scale(x, factor, x.dtype)? };
+            norms.extend(self.norms(&scaled, &[0, x.rows()])?);
+        }
+        Ok(norms)
+    }
 }
 
 /// Opens `auto` (the first GPU that can be used, else the CPU), `cpu` or `cuda:N`; `threads` is for the CPU.
@@ -266,17 +334,24 @@ pub trait Device: Send + Sync {
 /// # Errors
 /// A name that is none of these; a GPU that was asked for and cannot be used.
 pub fn open(name: &str, threads: Option<usize>) -> Result<Arc<dyn Device>> {
-    let cpu = || -> Result<Arc<dyn Device>> { Ok(Arc::new(cpu::CpuDevice::new(threads)?)) };
     match name {
-        "cpu" => cpu(),
-        "auto" => match cuda::CudaDevice::open(0) {
-            Ok(device) => Ok(Arc::new(device)),
-            Err(_) => cpu(),
-        },
+        "auto" => open_best(threads).map(|(device, _)| device),
+        "cpu" => Ok(Arc::new(cpu::CpuDevice::new(threads)?)),
         "cuda" => Ok(Arc::new(cuda::CudaDevice::open(0)?)),
         _ => match name.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(ordinal)) => Ok(Arc::new(cuda::CudaDevice::open(ordinal)?)),
             _ => Err(crate::Error::usage(format!("there is no device {name:?}")).next("--device auto, cpu or cuda:0")),
         },
+    }
+}
+
+/// The first GPU; where it cannot be used the CPU, and why.
+///
+/// # Errors
+/// Not even the CPU's threads could be started.
+pub fn open_best(threads: Option<usize>) -> Result<(Arc<dyn Device>, Option<crate::Error>)> {
+    match cuda::CudaDevice::open(0) {
+        Ok(device) => Ok((Arc::new(device), None)),
+        Err(why) => Ok((Arc::new(cpu::CpuDevice::new(threads)?), Some(why))),
     }
 }

@@ -3,7 +3,7 @@
 //! Owns their order (contract 6.5), scaling and initial values. Reading adapter files is `run`'s.
 
 use super::{ModelConfig, Projection, select};
-use crate::device::{DType, Device, Offsets, Tensor};
+use crate::device::{DType, Device, Offsets, PendingNorms, Tensor};
 use crate::run::{AdapterModule, AdapterWeights};
 use crate::{Error, Result};
 
@@ -127,11 +127,11 @@ impl Gradients {
     }
 
     /// Adds the gradients of several units, [units, rows, columns], to matrix `index`, one after another as
-    /// autograd does. Returns per unit the norm and the number of non-finite elements.
-    pub(super) fn add_units(&mut self, device: &dyn Device, index: usize, units: Tensor) -> Result<Vec<(f32, u64)>> {
+    /// autograd does. Returns the norm of each, which the device may still be working on.
+    pub(super) fn add_units(&mut self, device: &dyn Device, index: usize, units: Tensor) -> Result<PendingNorms> {
         let (count, rows) = (units.shape[0], units.shape[1]);
         let offsets: Vec<usize> = (0..=count).map(|u| u * rows).collect();
-        let norms = device.norms(&units, &offsets as Offsets<'_>)?;
+        let norms = device.queue_norms(&units, &offsets as Offsets<'_>)?;
         let sum = &mut self.tensors[index];
         let flat = Tensor { shape: vec![count, sum.elements()], ..units };
         for unit in 0..count {

@@ -7,7 +7,7 @@ use super::adapter::LoraModule;
 use super::context::Context;
 use super::linear::{self, InputGrad, Operand};
 use super::{Gradients, ModelConfig, Projection, promote};
-use crate::device::{AttentionShape, Compute, Tensor};
+use crate::device::{AttentionShape, Compute, PendingNorms, Tensor};
 use crate::probe::{Part, Role, Site};
 use crate::{Error, Result};
 
@@ -40,8 +40,8 @@ pub(super) fn saved_bytes(config: &ModelConfig) -> usize {
 /// Where a backward pass puts gradients.
 pub(super) struct Sink<'a> {
     pub gradients: &'a mut Gradients,
-    /// Per unit of the chunk: Σ‖gradient‖² and non-finite elements so far.
-    pub sums: &'a mut [(f64, u64)],
+    /// Of every matrix so far, per unit of the chunk.
+    pub norms: &'a mut Vec<PendingNorms>,
 }
 
 impl Sink<'_> {
@@ -52,11 +52,7 @@ impl Sink<'_> {
             let offsets: Vec<usize> = (0..=units.shape[0]).map(|u| u * units.shape[1]).collect();
             cx.recorder.measure(cx.device, site, &units, &offsets, cx.first_unit)?;
         }
-        let norms = self.gradients.add_units(cx.device, matrix, units)?;
-        for ((squares, nonfinite), (norm, count)) in self.sums.iter_mut().zip(norms) {
-            *squares += f64::from(norm) * f64::from(norm);
-            *nonfinite += count;
-        }
+        self.norms.push(self.gradients.add_units(cx.device, matrix, units)?);
         Ok(())
     }
 }

@@ -9,6 +9,7 @@ use super::context::Context;
 use super::held::{Held, WeightFlip};
 use super::{Adapter, BaseModel, Gradients, ModelConfig, PrecisionPlan, Ragged, RopeTables, block, head};
 use crate::device::{DType, Device, Tensor};
+use crate::error::Kind;
 use crate::probe::{Measurement, Probes, Recorder, Site};
 use crate::{Error, Result, interrupt};
 
@@ -147,9 +148,35 @@ impl Engine {
             flips => Some(self.held.flipped(&*self.device, &self.base, &self.plan, flips)?),
         };
         let held = flipped.as_ref().unwrap_or(&self.held);
+        let (mut tokens, mut recompute) = self.memory(batch, options.memory);
+        // What has been added before the device's memory runs out is taken back; a copy is made when it is added to.
+        let before = backward.as_ref().map(|(_, gradients)| gradients.tensors.clone());
+        loop {
+            let again = backward.as_mut().map(|(seeds, gradients)| (*seeds, &mut **gradients));
+            match self.run_chunks(adapter, batch, options, held, (tokens, recompute), again) {
+                Err(e) if e.kind == Kind::Memory => match smaller(batch, tokens, recompute) {
+                    Some(less) => (tokens, recompute) = less,
+                    None => return Err(e.at("one micro-batch at a time, blocks recomputed in the backward pass")),
+                },
+                done => return done,
+            }
+            if let (Some((_, gradients)), Some(before)) = (&mut backward, &before) {
+                gradients.tensors.clone_from(before);
+            }
+        }
+    }
+
+    fn run_chunks(
+        &self,
+        adapter: &Adapter,
+        batch: &Ragged,
+        options: &PassOptions,
+        held: &Held,
+        (tokens, recompute): (usize, bool),
+        mut backward: Option<(&[f32], &mut Gradients)>,
+    ) -> Result<PassOutput> {
         let rope = RopeTables::new(&*self.device, &self.base.config, batch.positions_end(), self.plan.residual())?;
         let recorder = Recorder::new(options.probes, options.probe_range);
-        let (tokens, recompute) = self.memory(batch, options.memory);
         let mut units = Vec::with_capacity(batch.units());
         for range in batch.chunks(tokens) {
             let first_unit = range.start;
@@ -200,6 +227,17 @@ impl Engine {
     }
 }
 
+/// Less memory than chunks of `tokens` tokens take: half as many, then recomputed blocks; `None` when a single
+/// micro-batch at a time is as small as it gets.
+fn smaller(batch: &Ragged, tokens: usize, recompute: bool) -> Option<(usize, bool)> {
+    let offsets = batch.unit_tokens();
+    let several = batch.chunks(tokens).into_iter().filter(|chunk| chunk.len() > 1);
+    match several.map(|chunk| offsets[chunk.end] - offsets[chunk.start]).max() {
+        Some(largest) => Some((largest / 2, recompute)),
+        None => (!recompute).then_some((tokens, true)),
+    }
+}
+
 /// What the backward pass needs of one block.
 enum Kept {
     Saved(Box<block::Saved>),
@@ -229,7 +267,8 @@ fn run_chunk(
     let mut units = head::unit_losses(context.batch, &losses);
     let (Some((_, gradients)), Some(mut d_h)) = (backward, d_h) else { return Ok(units) };
     drop(h);
-    let mut sums = vec![(0f64, 0u64); units.len()];
+    // Asked for when everything is queued: waiting after each would keep the device from copying the next weights.
+    let mut norms = Vec::new();
     let unmeasured = Recorder::default();
     let silent = context.recording(&unmeasured);
     while let Some(last) = kept.pop() {
@@ -239,16 +278,21 @@ fn run_chunk(
             Kept::Saved(saved) => *saved,
             Kept::Input(h) => block::forward(&silent, layer, &h)?.1,
         };
-        let mut sink = block::Sink { gradients: &mut *gradients, sums: &mut sums };
+        let mut sink = block::Sink { gradients: &mut *gradients, norms: &mut norms };
         // Nothing below the first block learns.
         match block::backward(context, layer, d_h, saved, &mut sink, layer > 0)? {
             Some(below) => d_h = below,
             None => break,
         }
     }
-    for (unit, (squares, nonfinite)) in units.iter_mut().zip(sums) {
-        unit.grad_norm = squares.sqrt();
-        unit.nonfinite = nonfinite;
+    for pending in norms {
+        for (unit, (norm, nonfinite)) in units.iter_mut().zip(context.device.finish_norms(pending)?) {
+            unit.grad_norm += f64::from(norm) * f64::from(norm);
+            unit.nonfinite += nonfinite;
+        }
+    }
+    for unit in &mut units {
+        unit.grad_norm = unit.grad_norm.sqrt();
     }
     Ok(units)
 }

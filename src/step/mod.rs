@@ -20,8 +20,7 @@ pub use schedule::{Schedule, ScheduleSpec, warmup_steps};
 pub use state::TrainState;
 
 use crate::batches::Window;
-use crate::device::{DType, Device, Tensor};
-use crate::model::{Adapter, Engine, Gradients, PassOptions, PassOutput, Ragged};
+use crate::model::{Engine, Gradients, PassOptions, PassOutput, Ragged};
 use crate::run::{LoggedLearningRate, TrainConfig, TrainerSemantics};
 use crate::{Error, Result};
 
@@ -145,27 +144,26 @@ pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &
         state.running_loss.add(unit.rank.into(), loss, state.step, rules.nan_filter);
     }
 
-    if let Some(scaler) = &state.scaler {
-        for gradient in &mut gradients.tensors {
-            device.scale_in_place(gradient, scaler.inverse())?;
-        }
-    }
-    let (norms, nonfinite) = tensor_norms(device, &gradients.tensors)?;
+    // The loss scale is taken out and the norm clipped where gradients are read; they stay as they are.
+    let unscale = state.scaler.map_or(1.0, |scaler| scaler.inverse());
+    let norms = device.norms_of(&gradients.tensors, unscale)?;
+    let nonfinite: u64 = norms.iter().map(|(_, count)| count).sum();
+    let norms: Vec<f32> = norms.iter().map(|(norm, _)| *norm).collect();
     let clipped = clip(&norms, rules.max_grad_norm, state.adapter.dtype);
-    // Multiplying by exactly 1 changes nothing, NaN included.
-    if clipped.coefficient != 1.0 {
-        for gradient in &mut gradients.tensors {
-            device.scale_in_place(gradient, clipped.coefficient)?;
-        }
-    }
 
     let learning_rates = input.learning_rates.clone().unwrap_or_else(|| rules.learning_rates(state));
     let skipped = state.scaler.is_some() && nonfinite > 0;
     let mut update_norm = 0.0;
     if !skipped {
-        let before = state.adapter.clone();
-        state.optimizer.update(device, &mut state.adapter, &mut state.moments, &gradients, &learning_rates)?;
-        update_norm = distance(device, &before, &state.adapter)?;
+        let factors = [unscale, clipped.coefficient];
+        update_norm = state.optimizer.update(
+            device,
+            &mut state.adapter,
+            &mut state.moments,
+            &gradients,
+            &learning_rates,
+            factors,
+        )?;
     }
     if let Some(scaler) = &mut state.scaler {
         scaler.update(nonfinite > 0);
@@ -200,29 +198,4 @@ pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &
         micro_losses,
         pass,
     })
-}
-
-/// ‖g‖₂ of every tensor, and the number of non-finite elements of all.
-fn tensor_norms(device: &dyn Device, tensors: &[Tensor]) -> Result<(Vec<f32>, u64)> {
-    let mut norms = Vec::with_capacity(tensors.len());
-    let mut nonfinite = 0;
-    for tensor in tensors {
-        for (norm, count) in device.norms(tensor, &[0, tensor.rows()])? {
-            norms.push(norm);
-            nonfinite += count;
-        }
-    }
-    Ok((norms, nonfinite))
-}
-
-/// ‖after − before‖₂ over all matrices.
-fn distance(device: &dyn Device, before: &Adapter, after: &Adapter) -> Result<f64> {
-    let mut squares = 0.0;
-    for (old, new) in before.matrices().zip(after.matrices()) {
-        let difference = device.add(new, &device.scale(old, -1.0, old.dtype)?, DType::F32)?;
-        for (norm, _) in device.norms(&difference, &[0, difference.rows()])? {
-            squares += f64::from(norm).powi(2);
-        }
-    }
-    Ok(squares.sqrt())
 }

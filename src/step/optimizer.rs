@@ -2,7 +2,7 @@
 //!
 //! Owns which matrix belongs to which group and the moments; the arithmetic of one tensor is the device's.
 
-use crate::device::{AdamW, Device, Tensor};
+use crate::device::{AdamW, Device, Tensor, Update, UpdateRule};
 use crate::model::{Adapter, Gradients};
 use crate::run::{OptimizerConstants, OptimizerFile, TrainConfig};
 use crate::{Error, Result};
@@ -131,7 +131,8 @@ impl Optimizer {
             .collect()
     }
 
-    /// One update of every matrix; `learning_rates` per group.
+    /// One update of every matrix; `learning_rates` per group; gradients are multiplied by each of `factors` first.
+    /// Returns ‖Δw‖₂ over the adapter.
     ///
     /// # Errors
     /// Those of the device.
@@ -142,13 +143,16 @@ impl Optimizer {
         moments: &mut [Moments],
         gradients: &Gradients,
         learning_rates: &[f64],
-    ) -> Result<()> {
-        for (index, (weight, gradient)) in adapter.matrices_mut().zip(&gradients.tensors).enumerate() {
+        factors: [f32; 2],
+    ) -> Result<f64> {
+        let mut states = moments.iter_mut();
+        let mut updates = Vec::with_capacity(gradients.tensors.len());
+        for (index, (p, g)) in adapter.matrices_mut().zip(&gradients.tensors).enumerate() {
             let learning_rate = learning_rates[self.group(index)];
-            match self.rule {
-                Rule::Sgd => device.sgd(weight, gradient, learning_rate, self.weight_decay)?,
+            let rule = match self.rule {
+                Rule::Sgd => UpdateRule::Sgd { learning_rate, weight_decay: self.weight_decay },
                 Rule::AdamW { beta1, beta2, epsilon, fused } => {
-                    let state = &mut moments[index];
+                    let state = states.next().ok_or_else(|| Error::internal("a matrix without moments"))?;
                     state.updates += 1.0;
                     let with = AdamW {
                         learning_rate,
@@ -159,10 +163,11 @@ impl Optimizer {
                         step: state.updates,
                         fused,
                     };
-                    device.adamw(weight, gradient, &mut state.exp_avg, &mut state.exp_avg_sq, &with)?;
+                    UpdateRule::AdamW { m: &mut state.exp_avg, v: &mut state.exp_avg_sq, with }
                 }
-            }
+            };
+            updates.push(Update { p, g, rule });
         }
-        Ok(())
+        device.update(&mut updates, factors)
     }
 }

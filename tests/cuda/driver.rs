@@ -2,12 +2,18 @@
 //! because driver and device memory belong to the process.
 
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use spikeprobe::device::cpu::MappedBytes;
 use spikeprobe::device::{self, Compute, DType, Device, Tensor};
 
-use super::alone;
-use super::reference::{close, download, values};
+use crate::device::{compare::close, download, reference::values};
+
+/// Tests that start children of this binary go one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Runs `child` with the settings; its standard output. `None` without the emulator.
 fn child(case: &str, settings: &[(&str, &str)]) -> Option<(bool, String)> {
@@ -83,9 +89,40 @@ fn an_unknown_gpu_is_said_with_those_there_are() {
     assert_eq!(e.exit_code(), 2, "{e}");
 }
 
+/// One step of a recorded f32 run by the program itself: (succeeded, what it says).
+fn replay(device: &str, settings: &[(&str, &str)]) -> Option<(bool, String)> {
+    if std::env::var_os("SPIKEPROBE_EMULATOR").is_none() {
+        assert!(std::env::var_os("SPIKEPROBE_REQUIRE_CUDA").is_none(), "these tests need scripts/with-emulator");
+        eprintln!("SKIPPED: needs the emulator, scripts/with-emulator");
+        return None;
+    }
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/runs");
+    let run = format!("{root}/runs/k6-healthy-cos-qwen2-fp32");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spikeprobe"));
+    command.args(["replay", &run, "--root", root, "--from", "initial", "--to", "1", "--cache", "none"]);
+    let output = command.args(["--device", device]).envs(settings.iter().copied()).output().expect("program");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Some((output.status.success(), text))
+}
+
 #[test]
-fn auto_falls_back_to_the_cpu() {
+fn auto_falls_back_to_the_cpu_and_says_why() {
     says(&[("LD_LIBRARY_PATH", ""), ("SPIKEPROBE_TEST_DEVICE", "auto")], &["opened cpu"]);
+    let Some((succeeded, text)) = replay("auto", &[("SPIKEPROBE_EMULATOR_CAPABILITY", "61")]) else { return };
+    assert!(succeeded && text.contains("on the CPU: ") && text.contains("compute capability 6.1"), "{text}");
+    assert!(text.contains("the log is reproduced"), "{text}");
+}
+
+#[test]
+fn a_pass_that_does_not_fit_runs_in_smaller_chunks() {
+    // 20 MiB hold the whole window at once; cuBLAS's workspace takes 8.3 of them.
+    let Some((succeeded, text)) = replay("cuda:0", &[("SPIKEPROBE_EMULATOR_MEMORY", "15728640")]) else { return };
+    assert!(succeeded && text.contains("the log is reproduced"), "{text}");
+    let (succeeded, text) = replay("cuda:0", &[("SPIKEPROBE_EMULATOR_MEMORY", "11534336")]).expect("emulator");
+    assert!(!succeeded, "{text}");
+    for part in ["one micro-batch at a time", "out of GPU memory", "of 11 MiB", "held by this replay", "--device cpu"] {
+        assert!(text.contains(part), "{part:?} is missing in: {text}");
+    }
 }
 
 #[test]

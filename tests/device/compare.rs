@@ -2,6 +2,8 @@
 
 use spikeprobe::device::DType;
 
+use super::reference::{half_ulp, round};
+
 /// Distance in units in the last place of `dtype`; both values are representable in it. None if only one is NaN, or
 /// the infinities differ.
 pub fn ulps(a: f32, b: f32, dtype: DType) -> Option<u64> {
@@ -47,23 +49,31 @@ pub fn mostly_equal(what: &str, got: &[f32], want: &[f32], dtype: DType, share: 
     assert!(equal >= share, "{what}: only {:.3} % equal", 100.0 * equal);
 }
 
-/// |got − want| ≤ most, element by element; NaN only against NaN, infinity only against the same infinity.
-pub fn within(what: &str, got: &[f32], want: &[f64], most: &[f64]) {
-    assert_eq!((got.len(), most.len()), (want.len(), want.len()), "{what}: lengths");
-    for (i, (&a, &b)) in got.iter().zip(want).enumerate() {
-        let a = a as f64;
-        let same = (a.is_nan() && b.is_nan()) || a == b;
-        // Written so that a NaN difference fails.
-        let close = (a - b).abs() <= most[i];
-        assert!(same || close, "{what}[{i}]: {a:e} against {b:e}, bound {:e}", most[i]);
+/// Equal bits, but that any NaN equals any NaN.
+#[track_caller]
+pub fn same(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (a, b)) in got.iter().zip(want).enumerate() {
+        let equal = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+        assert!(equal, "{what}[{i}]: {a:e} ({:08x}) against {b:e} ({:08x})", a.to_bits(), b.to_bits());
     }
 }
 
-/// The same bits, any NaN equal to any other.
-pub fn identical(what: &str, got: &[f32], want: &[f32]) {
+/// |got − want| ≤ bound(i) + half an ulp of the rounding; NaN only against NaN, infinities equal.
+#[track_caller]
+pub fn close(what: &str, got: &[f32], want: &[f64], dtype: DType, bound: impl Fn(usize) -> f64) {
     assert_eq!(got.len(), want.len(), "{what}: lengths");
-    for (i, (a, b)) in got.iter().zip(want).enumerate() {
-        let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
-        assert!(same, "{what}[{i}]: {a:e} ({:08x}) against {b:e} ({:08x})", a.to_bits(), b.to_bits());
+    for (i, (&a, &b)) in got.iter().zip(want).enumerate() {
+        if b.is_nan() || a.is_nan() {
+            assert!(b.is_nan() && a.is_nan(), "{what}[{i}]: {a} against {b}");
+            continue;
+        }
+        let wide = round(b as f32, dtype) as f64;
+        if wide.is_infinite() || a.is_infinite() {
+            assert!(wide == a as f64, "{what}[{i}]: {a} against {wide}");
+            continue;
+        }
+        let allowed = bound(i) + half_ulp(b.abs().max(a.abs() as f64), dtype);
+        assert!((a as f64 - b).abs() <= allowed, "{what}[{i}]: {a:e} against {b:e}, allowed {allowed:e}");
     }
 }

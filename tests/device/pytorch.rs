@@ -5,18 +5,27 @@ use std::collections::HashMap;
 use spikeprobe::device::{AdamW, AttentionShape, Compute, DType, Device, Tensor};
 
 use super::compare::mostly_equal;
-use super::{DTYPES, download, name, on_devices};
+use super::{DTYPES, download, on_devices};
 
 on_devices! {
-    norm => norm_is_pytorchs_cpu;
-    rope => rope_is_pytorchs_cpu;
-    gate => gate_is_pytorchs_cpu;
-    attention => attention_is_pytorchs_cpu;
-    loss => cross_entropy_is_pytorchs_cpu;
-    linear => linear_is_pytorchs_cpu;
-    vector_norm => vector_norm_is_pytorchs_cpu;
-    adamw => adamw_is_pytorchs_cpu;
-    sgd => sgd_is_pytorchs_cpu;
+    norm: norm_is_pytorchs_cpu, norm_is_pytorchs_cuda;
+    rope: rope_is_pytorchs_cpu, rope_is_pytorchs_cuda;
+    gate: gate_is_pytorchs_cpu, gate_is_pytorchs_cuda;
+    attention: attention_is_pytorchs_cpu, attention_is_pytorchs_cuda;
+    loss: cross_entropy_is_pytorchs_cpu, cross_entropy_is_pytorchs_cuda;
+    linear: linear_is_pytorchs_cpu, linear_is_pytorchs_cuda;
+    vector_norm: vector_norm_is_pytorchs_cpu, vector_norm_is_pytorchs_cuda;
+    adamw: adamw_is_pytorchs_cpu, adamw_is_pytorchs_cuda;
+    sgd: sgd_is_pytorchs_cpu, sgd_is_pytorchs_cuda;
+}
+
+/// Short name as in fixtures.
+fn name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+    }
 }
 
 /// The tensors of one case and dtype, on the device.
@@ -126,6 +135,9 @@ fn attention(device: &dyn Device) {
             let rows = [0, q.rows()];
             let compute = Compute::of(dtype);
             let (o, lse) = device.attention(&q, &k, &v, &rows, &shape, compute).expect("attention");
+            // Our CUDA kernel takes 16 or 32 keys at a time where PyTorch's CPU kernel takes 512: probabilities are
+            // rounded against other running maxima, so how many elements are equal says nothing there.
+            let share = |dtype, half| if device.name() == "cpu" { share(dtype, half) } else { 0.0 };
             case.check(&o, "o", share(dtype, 0.97), 2.0);
             let (dq, dk, dv) = device
                 .attention_grad(&case.tensor("d_o"), &q, &k, &v, &o, &lse, &rows, &shape, compute)

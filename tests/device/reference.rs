@@ -1,90 +1,54 @@
-//! f64 versions of the operations, written for the eye, and inputs for them.
+//! What results are compared with: one rounding by other means than ours, and generated values.
 
-use spikeprobe::device::{AttentionShape, DType, Device, Tensor, noise};
+use spikeprobe::device::{Compute, DType, Device, Tensor};
 
-/// n values in (−scale, scale), the same for the same seed.
-pub fn draw(n: usize, seed: u64, scale: f32) -> Vec<f32> {
-    (0..n).map(|i| scale * noise::symmetric(seed, 0, i as u64)).collect()
-}
-
-/// A tensor of drawn values, and those values after rounding to `dtype`.
-pub fn tensor(device: &dyn Device, shape: &[usize], dtype: DType, seed: u64) -> (Tensor, Vec<f64>) {
-    let x = device.upload(&draw(shape.iter().product(), seed, 2.0), shape, dtype).expect("upload");
-    let values = wide(&super::download(device, &x));
-    (x, values)
-}
-
-pub fn wide(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| x as f64).collect()
-}
-
-/// Relative size of half an ulp.
-pub fn half_ulp(dtype: DType) -> f64 {
-    noise::half_ulp(dtype) as f64
-}
-
-/// C [m, n] = A [m, k] · B [k, n] with element functions, and Σ|a·b| for the bound.
-pub fn product(
-    (m, n, k): (usize, usize, usize),
-    a: impl Fn(usize, usize) -> f64,
-    b: impl Fn(usize, usize) -> f64,
-) -> (Vec<f64>, Vec<f64>) {
-    let (mut c, mut size) = (Vec::new(), Vec::new());
-    for i in 0..m {
-        for j in 0..n {
-            c.push((0..k).map(|p| a(i, p) * b(p, j)).sum());
-            size.push((0..k).map(|p| (a(i, p) * b(p, j)).abs()).sum());
-        }
+/// x rounded to `dtype`, by the half crate: independent of our own rounding.
+pub fn round(x: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => x,
+        DType::BF16 => half::bf16::from_f32(x).to_f32(),
+        DType::F16 => half::f16::from_f32(x).to_f32(),
     }
-    (c, size)
 }
 
-/// q, k, v, d_o of one head and sequence: [length][head_dim] each.
-pub struct Head {
-    pub q: Vec<Vec<f64>>,
-    pub k: Vec<Vec<f64>>,
-    pub v: Vec<Vec<f64>>,
-    pub d_o: Vec<Vec<f64>>,
-}
-
-pub struct HeadResult {
-    pub o: Vec<Vec<f64>>,
-    pub lse: Vec<f64>,
-    pub dq: Vec<Vec<f64>>,
-    pub dk: Vec<Vec<f64>>,
-    pub dv: Vec<Vec<f64>>,
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-/// Causal softmax attention and its gradient, straight from the definition.
-pub fn attention(head: &Head, shape: &AttentionShape) -> HeadResult {
-    let (n, hd, scale) = (head.q.len(), shape.head_dim, shape.scale as f64);
-    let zeros = || vec![vec![0f64; hd]; n];
-    let mut r = HeadResult { o: zeros(), lse: vec![], dq: zeros(), dk: zeros(), dv: zeros() };
-    for i in 0..n {
-        let first = shape.window.map_or(0, |w| (i + 1).saturating_sub(w));
-        let s: Vec<f64> = (first..=i).map(|j| scale * dot(&head.q[i], &head.k[j])).collect();
-        let max = s.iter().cloned().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = s.iter().map(|s| (s - max).exp()).sum();
-        r.lse.push(max + sum.ln());
-        let p: Vec<f64> = s.iter().map(|s| (s - max).exp() / sum).collect();
-        for (j, p) in (first..=i).zip(&p) {
-            for d in 0..hd {
-                r.o[i][d] += p * head.v[j][d];
-                r.dv[j][d] += p * head.d_o[i][d];
-            }
-        }
-        let delta = dot(&head.d_o[i], &r.o[i]);
-        for (j, p) in (first..=i).zip(&p) {
-            let ds = scale * p * (dot(&head.d_o[i], &head.v[j]) - delta);
-            for d in 0..hd {
-                r.dq[i][d] += ds * head.k[j][d];
-                r.dk[j][d] += ds * head.q[i][d];
-            }
-        }
+/// An operand of a product. TF32 keeps 10 mantissa bits, ties away from zero.
+pub fn operand(x: f32, compute: Compute) -> f32 {
+    match compute {
+        Compute::F32 => x,
+        Compute::Bf16 => round(x, DType::BF16),
+        Compute::F16 => round(x, DType::F16),
+        Compute::Tf32 if x.is_finite() => f32::from_bits((x.to_bits() + 0x1000) & 0xFFFF_E000),
+        Compute::Tf32 => x,
     }
-    r
+}
+
+/// Half the distance between neighbours at x in `dtype`, at least that of the smallest subnormal.
+pub fn half_ulp(x: f64, dtype: DType) -> f64 {
+    let (bits, least) = match dtype {
+        DType::F32 => (24, -149),
+        DType::BF16 => (8, -133),
+        DType::F16 => (11, -24),
+    };
+    let exponent = if x == 0.0 { least } else { (x.abs().log2().floor() as i32 - bits + 1).max(least) };
+    2f64.powi(exponent - 1)
+}
+
+/// Pseudo-random values in (−2, 2), a few of them tiny or large, from a fixed generator.
+pub fn values(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..count)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let unit = (state >> 40) as f32 / (1u64 << 24) as f32;
+            (unit - 0.5) * 4.0 * if state.is_multiple_of(31) { 1e-3 } else { 1.0 }
+        })
+        .collect()
+}
+
+/// Values of `dtype` on the device, and the same as f64 for the reference.
+pub fn upload(device: &dyn Device, values: &[f32], shape: &[usize], dtype: DType) -> (Tensor, Vec<f64>) {
+    let tensor = device.upload(values, shape, dtype).expect("upload");
+    (tensor, values.iter().map(|&x| round(x, dtype) as f64).collect())
 }

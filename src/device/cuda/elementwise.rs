@@ -1,8 +1,7 @@
-//! Moves, casts, elementwise arithmetic and the optimizer: kernels of cast.cu, elementwise.cu and optimizer.cu.
+//! Moves, casts and elementwise arithmetic: kernels of cast.cu and elementwise.cu.
 
-use super::kernels::{Plain, tag};
 use super::{CudaDevice, expect};
-use crate::device::{AdamW, DType, Storage, Tensor, noise};
+use crate::device::{DType, Storage, Tensor, noise};
 use crate::{Error, Result};
 
 impl CudaDevice {
@@ -144,77 +143,5 @@ impl CudaDevice {
         // SAFETY: elementwise.cu; both hold n elements.
         unsafe { launch.value(n as u64).run_over(n)? };
         Ok(out)
-    }
-
-    pub(super) fn adamw_step(
-        &self,
-        p: &mut Tensor,
-        g: &Tensor,
-        (m, v): (&mut Tensor, &mut Tensor),
-        with: &AdamW,
-    ) -> Result<()> {
-        let n = p.elements();
-        let same =
-            g.elements() == n && m.elements() == n && v.elements() == n && m.dtype == p.dtype && v.dtype == p.dtype;
-        expect(same, "adamw", || {
-            format!(
-                "p {:?} {:?}, g {:?}, m {:?} {:?}, v {:?} {:?}",
-                p.shape, p.dtype, g.shape, m.shape, m.dtype, v.shape, v.dtype
-            )
-        })?;
-        let gradient = self.operand(g)?;
-        let (p_at, m_at, v_at) = (self.exclusive(p)?, self.exclusive(m)?, self.exclusive(v)?);
-        let launch = self.kernels.launch("adamw").value(p_at).tagged(gradient.address, gradient.dtype);
-        let launch = launch.value(m_at).tagged(v_at, p.dtype).value(AdamWScalars::new(with, p.dtype));
-        // SAFETY: optimizer.cu; all four hold n elements, three are exclusively ours.
-        unsafe { launch.value(n as u64).run_over(n) }
-    }
-
-    pub(super) fn sgd_step(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
-        expect(p.elements() == g.elements(), "sgd", || format!("shapes {:?} and {:?}", p.shape, g.shape))?;
-        let (gradient, at, n) = (self.operand(g)?, self.exclusive(p)?, p.elements());
-        let launch = self.kernels.launch("sgd").tagged(at, p.dtype).tagged(gradient.address, gradient.dtype);
-        // aten converts add's alpha to the tensors' dtype before the kernel widens it again.
-        let scalar = |x: f64| match p.dtype {
-            DType::F32 => x as f32,
-            DType::BF16 => half::bf16::from_f32(x as f32).to_f32(),
-            DType::F16 => half::f16::from_f32(x as f32).to_f32(),
-        };
-        let launch = launch.value(scalar(-learning_rate)).value(scalar(weight_decay));
-        // SAFETY: optimizer.cu; both hold n elements, p is exclusively ours.
-        unsafe { launch.value(n as u64).run_over(n) }
-    }
-}
-
-/// `struct AdamW` of optimizer.cu: the scalars of one update, in f64 as Python computes them, then rounded to f32.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct AdamWScalars {
-    decay: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    root_correction2: f32,
-    epsilon: f32,
-    minus_step_size: f32,
-    each: i32,
-}
-// SAFETY: eight fields of four bytes, the same as in optimizer.cu.
-unsafe impl Plain for AdamWScalars {}
-
-impl AdamWScalars {
-    fn new(with: &AdamW, dtype: DType) -> Self {
-        let correction1 = 1.0 - with.beta1.powf(with.step);
-        let correction2 = 1.0 - with.beta2.powf(with.step);
-        Self {
-            decay: (1.0 - with.learning_rate * with.weight_decay) as f32,
-            one_minus_beta1: (1.0 - with.beta1) as f32,
-            beta2: with.beta2 as f32,
-            one_minus_beta2: (1.0 - with.beta2) as f32,
-            root_correction2: correction2.sqrt() as f32,
-            epsilon: with.epsilon as f32,
-            minus_step_size: -(with.learning_rate / correction1) as f32,
-            each: tag(if with.fused { DType::F32 } else { dtype }),
-        }
     }
 }

@@ -3,9 +3,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::kernels::{Plain, tag};
+use super::memory::Buffer;
 use super::{CudaDevice, expect_offsets, narrow};
 use crate::Result;
-use crate::device::{DType, Statistics, Tensor};
+use crate::device::{DType, Norm, Statistics, Tensor};
 
 /// Elements a chunk, one block's work: 64 a thread, so that the f64 operations at its end weigh nothing.
 const CHUNK: usize = 256 * 64;
@@ -64,42 +65,61 @@ impl Limits {
     }
 }
 
+/// Measurements whose kernels are queued.
+#[derive(Debug)]
+pub struct Measured {
+    /// One [`Partial`] a unit.
+    results: Buffer,
+    count: usize,
+}
+
 impl CudaDevice {
-    fn partials(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Partial>> {
-        expect_offsets(units, x.rows(), "statistics")?;
-        let place = self.operand(x)?;
-        let (mut chunks, mut begins) = (Vec::new(), vec![0u32]);
-        for unit in units.windows(2) {
-            let (mut at, end) = (unit[0] * x.columns(), unit[1] * x.columns());
-            while at < end {
-                let count = CHUNK.min(end - at);
-                let address = place.address + (at * x.dtype.size()) as u64;
-                chunks.push(Chunk { address, count: count as u32, tag: tag(x.dtype) as u32 });
-                at += count;
+    /// Queues the measurement of every unit of every tensor in two launches; values are round(x · factor).
+    pub(super) fn queue(&self, parts: &[(&Tensor, &[usize])], target: DType, factor: f32) -> Result<Measured> {
+        let (mut chunks, mut begins, mut held) = (Vec::new(), vec![0u32], Vec::new());
+        for (x, units) in parts {
+            expect_offsets(units, x.rows(), "statistics")?;
+            let place = self.operand(x)?;
+            for unit in units.windows(2) {
+                let (begin, end) = (unit[0] * x.columns(), unit[1] * x.columns());
+                chunks.extend((begin..end).step_by(CHUNK).map(|at| Chunk {
+                    address: place.address + (at * x.dtype.size()) as u64,
+                    count: CHUNK.min(end - at) as u32,
+                    tag: tag(x.dtype) as u32,
+                }));
+                begins.push(narrow(chunks.len(), "chunk count")?);
             }
-            begins.push(narrow(chunks.len(), "chunk count")?);
+            held.push(place);
         }
         let count = begins.len() - 1;
         let (table, borders) = (self.put(&chunks)?, self.put(&begins)?);
         let parts = self.bytes(chunks.len() * size_of::<Partial>())?;
         let results = self.bytes(count * size_of::<Partial>())?;
-        let launch = self.kernels.launch("statistics_partials").buffer(&parts).buffer(&table).value(Limits::of(target));
-        // SAFETY: statistics.cu; chunks lie inside x, one block a chunk.
+        let launch = self.kernels.launch("statistics_partials").buffer(&parts).buffer(&table);
+        let launch = launch.value(Limits::of(target)).value(factor);
+        // SAFETY: statistics.cu; chunks lie inside their tensors, one block a chunk.
         unsafe { launch.run((narrow(chunks.len(), "chunk count")?, 1), 256)? };
         let launch = self.kernels.launch("statistics_combine").buffer(&results).buffer(&parts).buffer(&borders);
         // SAFETY: statistics.cu; one block a unit.
         unsafe { launch.run((narrow(count, "unit count")?, 1), 32)? };
-        self.get(&results, count)
+        Ok(Measured { results, count })
     }
 
     pub(super) fn measure(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Statistics>> {
-        let partials = self.partials(x, units, target)?;
+        let measured = self.queue(&[(x, units)], target, 1.0)?;
+        let partials: Vec<Partial> = self.get(&measured.results, measured.count)?;
         let elements = units.windows(2).map(|unit| ((unit[1] - unit[0]) * x.columns()) as u64);
         Ok(partials.iter().zip(elements).map(|(p, elements)| p.statistics(elements)).collect())
     }
 
-    pub(super) fn norms_of(&self, x: &Tensor, units: &[usize]) -> Result<Vec<(f32, u64)>> {
-        Ok(self.partials(x, units, x.dtype)?.iter().map(Partial::norm).collect())
+    pub(super) fn norms_measured(&self, measured: &Measured) -> Result<Vec<Norm>> {
+        Ok(self.get::<Partial>(&measured.results, measured.count)?.iter().map(Partial::norm).collect())
+    }
+
+    pub(super) fn norms_of_all(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
+        let whole: Vec<[usize; 2]> = tensors.iter().map(|x| [0, x.rows()]).collect();
+        let parts: Vec<(&Tensor, &[usize])> = tensors.iter().zip(&whole).map(|(x, units)| (x, &units[..])).collect();
+        self.norms_measured(&self.queue(&parts, DType::F32, factor)?)
     }
 }
 
@@ -123,7 +143,7 @@ impl Partial {
 
     /// ‖x‖₂ and the count of non-finite elements. The sum goes through f32 because PyTorch's does: it overflows where
     /// PyTorch's overflows.
-    fn norm(&self) -> (f32, u64) {
+    fn norm(&self) -> Norm {
         let infinite = self.pos_inf + self.neg_inf;
         let norm = match (self.nan, infinite) {
             (0, 0) => (self.sum_squares as f32).sqrt(),

@@ -125,7 +125,7 @@ impl Memory {
     fn exhausted(&self, bytes: usize) -> Error {
         let mebibytes = |bytes: usize| bytes.div_ceil(1 << 20);
         let (free, total) = self.driver.memory().unwrap_or_default();
-        Error::device(format!(
+        Error::memory(format!(
             "out of GPU memory: {} MiB wanted, {} MiB free of {} MiB, {} MiB held by this replay",
             mebibytes(bytes),
             mebibytes(free),

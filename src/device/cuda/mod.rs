@@ -13,13 +13,18 @@ mod measure;
 mod memory;
 mod products;
 mod transfer;
+mod update;
 mod weights;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use measure::Measured;
 pub use memory::Buffer;
 
-use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Storage, Tensor};
+use super::{
+    AdamW, AttentionShape, Compute, DType, Device, Norm, Offsets, PendingNorms, Statistics, Storage, Tensor, Update,
+    UpdateRule,
+};
 use crate::{Error, Result};
 
 /// One GPU, opened.
@@ -91,6 +96,21 @@ impl CudaDevice {
             Storage::Cpu(_) => Err(Error::internal("a tensor of the CPU reached the GPU")),
         }
     }
+    /// The same values in memory of their own.
+    ///
+    /// # Errors
+    /// Out of memory; a tensor of another device.
+    pub fn copy(&self, x: &Tensor) -> Result<Tensor> {
+        let Storage::Cuda(buffer) = &x.storage else { return self.cast_to(x, x.dtype) };
+        let storage = Storage::Cuda(self.duplicate(buffer, x.elements() * x.dtype.size())?);
+        Ok(Tensor { shape: x.shape.clone(), dtype: x.dtype, storage })
+    }
+    fn duplicate(&self, buffer: &Buffer, bytes: usize) -> Result<Buffer> {
+        let copy = self.bytes(bytes)?;
+        // SAFETY: both buffers hold `bytes` bytes and are distinct.
+        unsafe { self.driver.copy_on_device(copy.address(), buffer.address(), bytes)? };
+        Ok(copy)
+    }
     /// A tensor's own memory for changes in place: copied first if someone else holds it too.
     fn exclusive(&self, x: &mut Tensor) -> Result<u64> {
         let bytes = x.elements() * x.dtype.size();
@@ -98,10 +118,7 @@ impl CudaDevice {
             return Err(Error::internal("only a tensor that this device made can be changed in place"));
         };
         if !buffer.is_unique() {
-            let copy = self.bytes(bytes)?;
-            // SAFETY: both buffers hold `bytes` bytes and are distinct.
-            unsafe { self.driver.copy_on_device(copy.address(), buffer.address(), bytes)? };
-            *buffer = copy;
+            *buffer = self.duplicate(buffer, bytes)?;
         }
         Ok(buffer.address())
     }
@@ -278,16 +295,33 @@ impl Device for CudaDevice {
         self.scale_by(x, s)
     }
     fn adamw(&self, p: &mut Tensor, g: &Tensor, m: &mut Tensor, v: &mut Tensor, with: &AdamW) -> Result<()> {
-        self.adamw_step(p, g, (m, v), with)
+        let rule = UpdateRule::AdamW { m, v, with: *with };
+        self.update_all(&mut [Update { p, g, rule }], [1.0; 2]).map(drop)
     }
     fn sgd(&self, p: &mut Tensor, g: &Tensor, learning_rate: f64, weight_decay: f64) -> Result<()> {
-        self.sgd_step(p, g, learning_rate, weight_decay)
+        let rule = UpdateRule::Sgd { learning_rate, weight_decay };
+        self.update_all(&mut [Update { p, g, rule }], [1.0; 2]).map(drop)
+    }
+    fn update(&self, tensors: &mut [Update<'_>], factors: [f32; 2]) -> Result<f64> {
+        self.update_all(tensors, factors)
     }
 
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>> {
         self.measure(x, units, target)
     }
-    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
-        self.norms_of(x, units)
+    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<Norm>> {
+        self.finish_norms(self.queue_norms(x, units)?)
+    }
+    fn queue_norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<PendingNorms> {
+        Ok(PendingNorms::Cuda(self.queue(&[(x, units)], x.dtype, 1.0)?))
+    }
+    fn finish_norms(&self, pending: PendingNorms) -> Result<Vec<Norm>> {
+        match pending {
+            PendingNorms::Ready(norms) => Ok(norms),
+            PendingNorms::Cuda(measured) => self.norms_measured(&measured),
+        }
+    }
+    fn norms_of(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
+        self.norms_of_all(tensors, factor)
     }
 }

@@ -1,9 +1,10 @@
 use spikeprobe::device::{DType, Device, noise};
 
-use super::on_every_device;
-use super::reference::{DTYPES, download, round, same, upload, values};
+use super::compare::same;
+use super::reference::{round, upload, values};
+use super::{DTYPES, download, on_devices};
 
-on_every_device! {
+on_devices! {
     every_half: casts_of_every_half_cpu, casts_of_every_half_cuda;
     many_floats: casts_of_floats_of_every_exponent_cpu, casts_of_floats_of_every_exponent_cuda;
     gather: rows_are_gathered_and_scattered_cpu, rows_are_gathered_and_scattered_cuda;
@@ -53,8 +54,10 @@ fn every_half(device: &dyn Device) {
 fn many_floats(device: &dyn Device) {
     // An odd stride visits every exponent and all patterns of the bits that rounding looks at; ties by hand.
     let mut floats: Vec<f32> = (0..1u32 << 17).map(|i| f32::from_bits(i.wrapping_mul(32_771))).collect();
-    floats.extend((0..=u16::MAX).map(|high| f32::from_bits((high as u32) << 16 | 0x8000)));
-    floats.extend((0..1 << 16).map(|i| f32::from_bits(0x3380_0000 + i * 0x1000)));
+    for nudge in [0x7FFF, 0x8000, 0x8001] {
+        floats.extend((0..=u16::MAX).map(|high| f32::from_bits((high as u32) << 16 | nudge)));
+        floats.extend((0..1 << 16).map(|i| f32::from_bits(0x3300_0000 + i * 0x1000 + nudge - 0x8000)));
+    }
     floats.extend(SPECIAL);
     let x = device.upload(&floats, &[floats.len()], DType::F32).expect("upload");
     same("f32", &download(device, &x), &floats);
@@ -145,6 +148,18 @@ fn noisy(device: &dyn Device) {
             .collect();
         same("dropout", &download(device, &device.dropout(&x, 0.1, 7, 9).expect("dropout")), &want);
     }
+}
+
+/// The generator itself; that devices use it is `noisy`.
+#[test]
+fn noise_is_uniform_and_has_no_mean() {
+    let n = 100_000;
+    // Five standard deviations each.
+    let kept = (0..n).filter(|&i| noise::unit(7, 1, i) >= 0.25).count() as f64 / n as f64;
+    assert!((kept - 0.75).abs() < 5.0 * (0.75f64 * 0.25 / n as f64).sqrt(), "{kept} kept");
+    let sum: f64 = (0..n).map(|i| noise::symmetric(7, 1, i) as f64).sum();
+    assert!(sum.abs() < 5.0 * (n as f64 / 3.0).sqrt(), "sum {sum}");
+    assert!((0..100).any(|i| noise::unit(7, 1, i) != noise::unit(7, 2, i)), "streams differ");
 }
 
 fn empty(device: &dyn Device) {

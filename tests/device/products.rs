@@ -1,9 +1,10 @@
 use spikeprobe::device::{Compute, DType, Device};
 
-use super::on_every_device;
-use super::reference::{DTYPES, close, download, operand, round, upload, values};
+use super::compare::close;
+use super::reference::{operand, round, upload, values};
+use super::{DTYPES, download, on_devices};
 
-on_every_device! {
+on_devices! {
     linear: linear_is_x_times_w_transposed_cpu, linear_is_x_times_w_transposed_cuda;
     gradients: gradients_of_linear_by_unit_cpu, gradients_of_linear_by_unit_cuda;
     nonfinite: nan_and_infinity_pass_through_products_cpu, nan_and_infinity_pass_through_products_cuda;

@@ -1,13 +1,43 @@
 use spikeprobe::device::{DType, Device, Statistics};
 
-use super::on_every_device;
-use super::reference::{DTYPES, download, round, values};
+use super::reference::{round, values};
+use super::{DTYPES, download, on_devices};
 
-on_every_device! {
+on_devices! {
     statistics: statistics_count_exactly_by_unit_cpu, statistics_count_exactly_by_unit_cuda;
     extremes: sums_of_squares_survive_extremes_cpu, sums_of_squares_survive_extremes_cuda;
     norms: norms_by_micro_batch_cpu, norms_by_micro_batch_cuda;
 }
+
+/// Around every border that is counted: non-numbers, zeros, subnormals, ties to zero and to infinity of each dtype.
+const AWKWARD: [f32; 26] = [
+    f32::NAN,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    0.0,
+    -0.0,
+    1e-45,
+    1e-40,
+    -1e-39,
+    4.591_774_8e-41, // 2^-134, half of bf16's smallest, and above it
+    4.591_915e-41,
+    9.183_55e-41,
+    2.980_232_2e-8, // 2^-25, half of f16's smallest, and above it
+    2.980_232_6e-8,
+    5.960_464_5e-8,
+    6.103_515_6e-5,
+    6.2e-5,
+    65504.0,
+    65519.996,
+    65520.0,
+    f32::MAX,
+    3.389_531_4e38,
+    3.396_177_5e38,
+    f32::MIN_POSITIVE,
+    1.0,
+    -3.0,
+    -65520.0,
+];
 
 /// (smallest normal, rounds to 0, rounds to infinity) of a magnitude, asked of the half crate.
 fn classes(x: f32, target: DType) -> (bool, bool, bool) {
@@ -57,22 +87,7 @@ fn statistics(device: &dyn Device) {
     for (rows, columns) in [(1, 1), (5, 7), (33, 65), (9, 5000)] {
         for dtype in DTYPES {
             let mut x = values(rows * columns, 1);
-            let special = [
-                f32::NAN,
-                f32::INFINITY,
-                f32::NEG_INFINITY,
-                0.0,
-                -0.0,
-                1e-45,
-                1e-41,
-                3e-8,
-                2e-8,
-                6.2e-5,
-                65519.0,
-                65520.0,
-                3.4e38,
-            ];
-            for (i, s) in special.iter().enumerate().filter(|_| rows > 1) {
+            for (i, s) in AWKWARD.iter().enumerate().filter(|_| rows > 1) {
                 x[(i * 17) % (rows * columns)] = *s;
             }
             let tensor = device.upload(&x, &[rows, columns], dtype).expect("upload");
@@ -121,6 +136,11 @@ fn norms(device: &dyn Device) {
             assert!(fits, "unit {u}: {norm} against {want}");
         }
     }
+    let x = [3.0, 4.0, 1e30, 1e30, f32::NAN, 1.0, f32::INFINITY, -2.0, 0.0, 0.0];
+    let x = device.upload(&x, &[10, 1], DType::F32).expect("upload");
+    let got = device.norms(&x, &[0, 2, 4, 6, 8, 10]).expect("norms");
+    assert_eq!((got[0], got[1], got[3], got[4]), ((5.0, 0), (f32::INFINITY, 0), (f32::INFINITY, 1), (0.0, 0)));
+    assert!(got[2].0.is_nan() && got[2].1 == 1);
     // The sum overflows f32 as PyTorch's does.
     let large = device.upload(&[1e20; 4], &[1, 4], DType::F32).expect("upload");
     assert_eq!(device.norms(&large, &[0, 1]).expect("norms"), [(f32::INFINITY, 0)]);
