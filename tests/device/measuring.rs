@@ -19,9 +19,9 @@ const AWKWARD: [f32; 26] = [
     1e-45,
     1e-40,
     -1e-39,
-    4.591_774_8e-41, // 2^-134, half of bf16's smallest, and above it
-    4.591_915e-41,
-    9.183_55e-41,
+    f32::from_bits(0x8000), // 2^-134, half of bf16's smallest, the next float, and that smallest
+    f32::from_bits(0x8001),
+    f32::from_bits(0x1_0000),
     2.980_232_2e-8, // 2^-25, half of f16's smallest, and above it
     2.980_232_6e-8,
     5.960_464_5e-8,
