@@ -1,0 +1,270 @@
+//! Spike detection on made-up logs and on the logs of healthy recorded runs (`fixtures/diagnosis/copy_logs.py`).
+
+use std::path::Path;
+
+use spikeprobe::diagnosis::SpikeKind;
+use spikeprobe::diagnosis::detect::{self, Context, Found, spikes};
+use spikeprobe::run::LogRow;
+
+fn row(step: u64, loss: f64, grad_norm: f64) -> LogRow {
+    LogRow {
+        attempt: 0,
+        step,
+        window: 1,
+        epoch: None,
+        loss: Some(loss),
+        grad_norm: Some(grad_norm),
+        learning_rate: None,
+        total_steps: None,
+        source: String::new(),
+    }
+}
+
+fn log(losses: &[f64]) -> Vec<LogRow> {
+    losses.iter().enumerate().map(|(i, &l)| row(i as u64 + 1, l, 1.0)).collect()
+}
+
+fn found(losses: &[f64]) -> Vec<Found> {
+    spikes(&log(losses), &Context::default())
+}
+
+/// A memorising run: fast descent, then a plateau with one per mille of noise.
+fn descent(steps: usize) -> Vec<f64> {
+    let noise = |i: usize| 1.0 + 1e-3 * ((i * 7919 % 13) as f64 - 6.0);
+    (0..steps).map(|i| (0.05 + 3.2 * (-(i as f64) / 4.0).exp()) * noise(i)).collect()
+}
+
+#[test]
+fn a_jump_out_of_a_quiet_plateau_is_found_with_its_step_and_height() {
+    let mut losses = descent(40);
+    losses[30] *= 10.0;
+    let found = found(&losses);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].step, found[0].until, found[0].kind), (31, 31, SpikeKind::Jump));
+    assert!((found[0].height - 10f64.ln()).abs() < 0.05, "{}", found[0].height);
+}
+
+#[test]
+fn a_rise_that_stays_is_a_divergence_to_the_end_of_the_log() {
+    let mut losses = descent(24);
+    losses.extend([0.4, 1.5, 3.0, 4.0, 4.2, 4.0, 3.9, 3.8, 3.7, 3.6, 3.5]);
+    let found = found(&losses);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].kind, found[0].until), (SpikeKind::Divergence, 35));
+    assert!(found[0].step >= 25 && found[0].step <= 26, "{}", found[0].step);
+}
+
+#[test]
+fn a_doubling_at_each_epoch_boundary_is_found_each_time() {
+    let mut losses = vec![0.049; 60];
+    (losses[20], losses[40]) = (0.097, 0.098);
+    assert_eq!(found(&losses).iter().map(|f| f.step).collect::<Vec<_>>(), [21, 41]);
+}
+
+#[test]
+fn a_rise_at_every_epoch_boundary_is_found_within_a_descent_and_one_at_some_is_not() {
+    let mut rows = log(&(0..27).map(|i| 0.07 + 3.3 * (-f64::from(i) / 5.0).exp()).collect::<Vec<_>>());
+    for row in &mut rows {
+        row.epoch = Some(row.step as f64 * 5.0 / 48.0);
+    }
+    for step in [10, 20] {
+        rows[step - 1].loss = rows[step - 1].loss.map(|l| 1.6 * l);
+    }
+    let steps = |rows: &[LogRow]| spikes(rows, &Context::default()).iter().map(|f| f.step).collect::<Vec<_>>();
+    assert_eq!(steps(&rows), [10, 20]);
+    rows[9].loss = rows[8].loss;
+    assert!(!steps(&rows).contains(&10));
+}
+
+#[test]
+fn a_rise_that_stays_is_found_although_the_log_has_hardly_begun() {
+    let found = found(&[3.19, 3.16, 2.84, 5.7, 11.1, 6.2, 6.7, 6.8, 4.6, 4.4]);
+    assert_eq!((found.len(), found[0].kind), (1, SpikeKind::Divergence));
+}
+
+#[test]
+fn a_spike_at_the_third_step_of_a_short_log_is_found() {
+    assert_eq!(found(&[0.0567, 0.0567, 4.85, 5.9, 5.4])[0].step, 3);
+}
+
+#[test]
+fn nan_zero_and_their_neighbours_are_told_apart() {
+    let found = found(&[3.0, 2.0, f64::NAN, f64::NAN, 1.5, 0.0, 1.2]);
+    let kinds: Vec<_> = found.iter().map(|f| (f.step, f.until, f.kind)).collect();
+    assert_eq!(kinds, [(3, 4, SpikeKind::Nan), (6, 6, SpikeKind::MaskedNan)]);
+}
+
+#[test]
+fn a_tiny_loss_that_the_log_rounds_to_zero_is_no_nan() {
+    let context = Context { rounds_loss: true, ..Context::default() };
+    assert!(spikes(&log(&[0.01, 0.003, 0.0008, 0.0001, 0.0, 0.0001]), &context).is_empty());
+}
+
+#[test]
+fn skipped_steps_count_once_the_loss_scale_is_calibrated() {
+    let mut rows = log(&descent(30));
+    for step in [0, 1, 2, 15] {
+        rows[step].grad_norm = Some(f64::NAN);
+    }
+    let context = Context { loss_scaling: true, ..Context::default() };
+    let found = spikes(&rows, &context);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].step, found[0].kind, found[0].height), (16, SpikeKind::SkippedStep, 1.0));
+}
+
+#[test]
+fn a_gradient_that_explodes_alone_is_its_own_kind() {
+    let mut rows = log(&descent(30));
+    rows[20].grad_norm = Some(500.0);
+    let found = spikes(&rows, &Context::default());
+    assert_eq!((found.len(), found[0].step, found[0].kind), (1, 21, SpikeKind::GradientExplosion));
+}
+
+#[test]
+fn a_first_loss_far_above_a_uniform_guess_is_a_multiple() {
+    let losses: Vec<f64> = descent(30).iter().map(|l| 8.0 * l).collect();
+    let context = Context { vocab_size: Some(2048), accumulation: 8, ..Context::default() };
+    assert_eq!(spikes(&log(&losses), &context)[0].kind, SpikeKind::Level);
+    assert!(spikes(&log(&descent(30)), &context).is_empty());
+}
+
+#[test]
+fn benign_shapes_are_no_spikes() {
+    let staircase: Vec<f64> = (0..200).map(|i| 3.0 * 0.7f64.powi(i / 50) * (1.0 + 0.05 * f64::from(i % 3))).collect();
+    let alternating: Vec<f64> = (0..100).map(|i| if i % 2 == 0 { 1.0 } else { 2.0 }).collect();
+    let grouped: Vec<f64> = (0..100).map(|i| if i % 8 < 4 { 1.0 } else { 1.4 }).collect();
+    let bouncing_descent = [3.1, 3.2, 2.3, 1.6, 0.9, 0.54, 1.3, 0.52, 0.99, 0.28, 0.17, 0.17, 0.18, 0.12, 0.08];
+    let high_start = [8.0, 5.0, 3.0, 2.5, 2.4, 2.3, 2.35, 2.3];
+    for shape in [&staircase[..], &alternating, &grouped, &bouncing_descent, &high_start, &[2.0], &[]] {
+        assert!(found(shape).is_empty(), "{:?} in {:?}", found(shape), &shape[..shape.len().min(20)]);
+    }
+}
+
+#[test]
+fn of_two_attempts_that_logged_the_same_steps_the_later_counts() {
+    let mut rows = log(&[3.0, 2.0, 1.0, 9.0]);
+    rows.extend([LogRow { attempt: 1, ..row(3, 1.1, 1.0) }, LogRow { attempt: 1, ..row(4, 0.9, 1.0) }]);
+    let kept: Vec<_> = detect::effective(&rows).iter().map(|r| (r.step, r.loss)).collect();
+    assert_eq!(kept, [(1, Some(3.0)), (2, Some(2.0)), (3, Some(1.1)), (4, Some(0.9))]);
+}
+
+#[test]
+fn fifty_thousand_rows_take_seconds_and_not_minutes() {
+    let losses: Vec<f64> = (0..50_000u64).map(|i| 2.0 + 0.3 * ((i * 2_654_435_761 % 1000) as f64 / 1000.0)).collect();
+    let start = std::time::Instant::now();
+    assert!(found(&losses).is_empty());
+    assert!(start.elapsed().as_secs_f64() < 10.0, "{:?}", start.elapsed());
+}
+
+/// A run logged every fifth step: a steep descent, then out of control. The descent is no noise.
+#[test]
+fn a_rise_that_undoes_a_steep_descent_is_a_divergence() {
+    let losses = [2.70, 0.861, 0.162, 0.0786, 0.0733, 0.212, 1.25, 2.54, 2.89, 2.80, 1.81, 1.32, 1.26, 2.27];
+    let found = found(&losses);
+    assert_eq!((found.len(), found[0].kind, found[0].until), (1, SpikeKind::Divergence, 14));
+    assert!((6..=7).contains(&found[0].step), "{}", found[0].step);
+}
+
+#[test]
+fn a_row_that_passes_the_starting_loss_is_a_jump_however_steep_the_descent_was() {
+    let found = found(&[3.0, 1.0, 0.2, 0.07, 3.5]);
+    assert_eq!((found.len(), found[0].step), (1, 5));
+}
+
+/// Uniform numbers in 0..1 from a seed (xorshift), and normal ones (Box-Muller).
+struct Noise(u64);
+
+impl Noise {
+    fn uniform(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64
+    }
+    fn factor(&mut self, deviation: f64) -> f64 {
+        let radius = (-2.0 * self.uniform().max(1e-300).ln()).sqrt();
+        (deviation * radius * (std::f64::consts::TAU * self.uniform()).cos()).exp()
+    }
+}
+
+#[test]
+fn healthy_shapes_of_any_length_and_noise_are_no_spikes() {
+    for seed in 1..=60u64 {
+        let mut noise = Noise(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let rows = [12, 40, 120, 600][(seed % 4) as usize];
+        let deviation = [0.003, 0.02, 0.05, 0.08, 0.1][(seed % 5) as usize];
+        let decay = [2.0, 5.0, 15.0, 60.0][(seed / 4 % 4) as usize];
+        let mut shape = |of: &dyn Fn(f64) -> f64| -> Vec<f64> {
+            (0..rows).map(|i| of(f64::from(i)) * noise.factor(deviation)).collect()
+        };
+        let stairs = f64::from((rows / 5).max(4));
+        let shapes = [
+            ("level", shape(&|_| 2.0)),
+            ("exponential descent", shape(&|i| 0.05 + 3.0 * (-i / decay).exp())),
+            ("power law", shape(&|i| 3.0 * (i + 1.0).powf(-0.6))),
+            ("staircase", shape(&|i| 3.0 * 0.6f64.powf((i / stairs).floor()))),
+            ("lengths in groups", shape(&|i| if i % 8.0 < 4.0 { 1.0 } else { 1.25 })),
+            ("slow wave", shape(&|i| (0.2 * (i / decay).sin()).exp())),
+            ("fast alternation", shape(&|i| if i % 2.0 < 1.0 { 1.0 } else { 1.8 })),
+        ];
+        for (name, losses) in &shapes {
+            let found = found(losses);
+            assert!(found.is_empty(), "{name}, seed {seed}, {rows} rows, deviation {deviation}: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn a_divergence_is_found_behind_every_healthy_shape() {
+    for seed in 1..=60u64 {
+        let mut noise = Noise(seed.wrapping_mul(0xD1B5_4A32_D192_ED03));
+        let deviation = [0.003, 0.02, 0.05, 0.1, 0.15][(seed % 5) as usize];
+        let decay = [1.0, 2.0, 5.0, 15.0][(seed / 4 % 4) as usize];
+        let quiet = [6, 14, 40, 90][(seed % 4) as usize];
+        let mut losses: Vec<f64> = (0..quiet).map(|i| 0.07 + 3.0 * (-f64::from(i) / decay).exp()).collect();
+        let low = losses[losses.len() - 1];
+        losses.extend([3.0, 9.0, 15.0, 25.0, 24.0, 26.0].map(|factor| factor * low));
+        losses.iter_mut().for_each(|loss| *loss *= noise.factor(deviation));
+        let found = found(&losses);
+        let rises = found.iter().any(|f| f.step as usize > losses.len() - 6 && f.until as usize == losses.len());
+        assert!(rises, "seed {seed}, {quiet} rows, deviation {deviation}: {found:?} in {losses:?}");
+    }
+}
+
+fn recorded(path: &Path) -> Vec<LogRow> {
+    let text = std::fs::read_to_string(path).expect("a table");
+    let number = |text: &str| (!text.is_empty()).then(|| text.parse().expect("a number"));
+    let line = |line: &str| {
+        let fields: Vec<&str> = line.split('\t').collect();
+        LogRow {
+            window: fields[1].parse().expect("a window"),
+            epoch: number(fields[2]),
+            loss: number(fields[3]),
+            grad_norm: number(fields[4]),
+            ..row(fields[0].parse().expect("a step"), 0.0, 0.0)
+        }
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn the_logs_of_healthy_recorded_runs_hold_no_spike_and_a_jump_in_them_is_found() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/diagnosis/logs");
+    let mut logs = 0;
+    for entry in std::fs::read_dir(folder).expect("logs") {
+        let path = entry.expect("an entry").path();
+        let mut rows = recorded(&path);
+        let context = Context { accumulation: 8, vocab_size: Some(2048), ..Context::default() };
+        let loss_spikes = |rows: &[LogRow]| -> Vec<Found> {
+            let all = spikes(rows, &context);
+            all.into_iter().filter(|f| f.kind != SpikeKind::GradientExplosion).collect()
+        };
+        assert!(loss_spikes(&rows).is_empty(), "{}: {:?}", path.display(), loss_spikes(&rows));
+        let at = rows.len() * 3 / 4;
+        rows[at].loss = rows[at].loss.map(|loss| 12.0 * loss);
+        let found = loss_spikes(&rows);
+        assert!(found.iter().any(|f| f.step == rows[at].step), "{}: {found:?}", path.display());
+        logs += 1;
+    }
+    assert_eq!(logs, 15);
+}
