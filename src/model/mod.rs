@@ -34,4 +34,3 @@ pub use projection::*;
 pub use ragged::{Ragged, Row};
 pub use rope::*;
 pub use weights::BaseModel;
-pub(crate) use weights::files as weight_files;

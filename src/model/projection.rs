@@ -4,7 +4,7 @@ use super::ModelConfig;
 use crate::{Error, Result};
 
 /// One linear of a decoder block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub enum Projection {
     Q,
     K,

@@ -148,7 +148,8 @@ fn state_of(json: &Value, like: &TrainState) -> Option<TrainState> {
     Some(state)
 }
 
-fn record_json(r: &StepRecord) -> Value {
+/// A step as JSON, floats as their bits: read back it is the same step.
+pub fn record_json(r: &StepRecord) -> Value {
     let micro = r.micro_batches.iter().map(|m| {
         let rows: Vec<Value> = m.rows.iter().map(|row| json!([row.dataset, row.row])).collect();
         let numbers = floats(&[m.loss, m.mean_loss, m.grad_norm]);
@@ -176,7 +177,8 @@ fn record_json(r: &StepRecord) -> Value {
     ])
 }
 
-fn record_of(json: &Value) -> Option<StepRecord> {
+/// The step of [`record_json`]; `None` of anything else.
+pub fn record_of(json: &Value) -> Option<StepRecord> {
     let optional = |v: &Value| if v.is_null() { Some(None) } else { float(v).map(Some) };
     let numbers = float_list(&json[2]).filter(|n| n.len() == 8)?;
     Some(StepRecord {

@@ -82,6 +82,14 @@ impl Key {
         Self(hash.finalize().into())
     }
 
+    /// From here on another scene computes.
+    pub fn switched(&self, scene: &Scene) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(self.0);
+        hash.update(format!("switch{:?}{}{}", scene.engine.plan(), scene.base_ratio, scene.schedule_changed));
+        Self(hash.finalize().into())
+    }
+
     /// After a resume that changed the state.
     pub fn resumed(&self, kept: bool, rates: &[f64]) -> Self {
         let mut hash = Sha256::new();
@@ -97,7 +105,7 @@ impl Key {
 }
 
 /// Version, size and time of this program: another build may compute other bits.
-fn program_identity() -> String {
+pub(super) fn program_identity() -> String {
     let about = std::env::current_exe().and_then(std::fs::metadata).ok();
     let time = about.as_ref().and_then(|a| a.modified().ok()).and_then(|t| t.duration_since(UNIX_EPOCH).ok());
     format!("{} {:?} {:?}", env!("CARGO_PKG_VERSION"), about.map(|a| a.len()), time.map(|t| t.as_nanos()))
@@ -105,7 +113,7 @@ fn program_identity() -> String {
 
 /// Names, sizes and times of the weight files, and the configuration's text: what changes when a model is replaced,
 /// without reading gigabytes.
-fn model_identity(folder: &Path) -> Result<String> {
+pub(super) fn model_identity(folder: &Path) -> Result<String> {
     let unreadable = |e: std::io::Error| Error::input(format!("cannot be listed: {e}")).at_path(folder);
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {

@@ -15,6 +15,7 @@ mod start;
 mod steps;
 mod walk;
 
+pub use cache::{record_json, record_of};
 pub use certificate::*;
 pub use json::{certificate_json, step_json, trace_json};
 pub use replayer::*;
@@ -60,6 +61,8 @@ pub enum Intervention {
     SwapWindow { step: u64, with: u64 },
     /// One bit flipped: a hypothesis about hardware, or an injected fault.
     FlipBit(BitFlip),
+    /// All other changes act from the step after this one on; up to it the run is as it was.
+    After(u64),
 }
 
 /// A single bit fault.

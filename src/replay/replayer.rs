@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cache::Cache;
-use super::keys::Key;
+use super::keys::{Key, model_identity, program_identity};
 use super::scene::{Scene, Shared};
 use super::walk::Walk;
 use super::{Intervention, Start, StepRecord, Trace, start};
+use sha2::{Digest, Sha256};
+
 use crate::batches::{Corpus, Window};
 use crate::device::Device;
 use crate::interrupt;
@@ -87,6 +89,17 @@ pub trait Observer {
 pub struct Silent;
 
 impl Observer for Silent {}
+
+/// What a start from disk reads of a checkpoint or an adapter.
+const STATE_FILES: [&str; 7] = [
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter_config.json",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+];
 
 /// Work worth a file: what a shorter replay would save is less than reading it costs in disk and surprise.
 pub const WORTH_KEEPING: Duration = Duration::from_secs(20);
@@ -203,6 +216,9 @@ impl Replayer {
         interventions: &[Intervention],
         observer: &mut dyn Observer,
     ) -> Result<Trace> {
+        if let Some((after, changes)) = delayed(start, interventions) {
+            return self.replay_delayed(start, after, to, &changes, observer);
+        }
         let scene = self.scene_for(interventions)?;
         let keep = interventions.contains(&Intervention::KeepOptimizer);
         let begin = if keep { self.start_with_optimizer(&scene, start) } else { start.clone() };
@@ -254,6 +270,80 @@ impl Replayer {
         Ok(Trace { start: start.clone(), steps })
     }
 
+    /// The unchanged run up to `after`, then the run as `changes` make it.
+    fn replay_delayed(
+        &self,
+        start: &Start,
+        after: u64,
+        to: u64,
+        changes: &[Intervention],
+        observer: &mut dyn Observer,
+    ) -> Result<Trace> {
+        let mut steps = Vec::new();
+        let (state, segment) = start::start_state(&self.scene, start)?;
+        let (first, key) = (state.step + 1, Key::of_start(&self.scene, start, &state)?);
+        let scene: &Scene = &self.scene;
+        let mut walk =
+            Walk { replayer: self, scene, interventions: &[], keep: false, segment, state, key, stale: false };
+        walk.skip_to_state(after, first, observer, &mut steps)?;
+        while walk.state.step < after {
+            interrupt::check()?;
+            let record = walk.step(observer)?;
+            observer.step(&record)?;
+            steps.push(record);
+        }
+        walk.keep_state();
+        let scene = self.scene_for(changes)?;
+        let segment = scene.segment(after + 1).ok_or_else(|| no_such_step(&scene, to))?;
+        let state = start::switched(&scene, walk.state)?;
+        let key = walk.key.switched(&scene);
+        let keep = changes.contains(&Intervention::KeepOptimizer);
+        let mut walk =
+            Walk { replayer: self, scene: &scene, interventions: changes, keep, segment, state, key, stale: false };
+        walk.skip_known(to, after + 1, observer, &mut steps)?;
+        while walk.state.step < to {
+            interrupt::check()?;
+            let record = walk.step(observer)?;
+            observer.step(&record)?;
+            steps.push(record);
+        }
+        walk.keep_state();
+        Ok(Trace { start: start.clone(), steps })
+    }
+
+    /// Hash of everything a replay depends on besides start, steps and interventions: the program, the machine, the
+    /// configuration of every attempt, the rows as they are fed, the base model, and what starts from disk read.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn identity(&self) -> Result<String> {
+        let (run, scene) = (self.run(), &self.scene);
+        let mut hash = Sha256::new();
+        hash.update(format!("{}|{}", program_identity(), self.device().fingerprint()));
+        hash.update(model_identity(&run.path(&run.config.model_name_or_path))?);
+        hash.update(format!("{:?}{:?}{:?}", run.config, run.semantics, run.attempts));
+        hash.update(format!("{:?}{:?}", scene.engine.plan(), run.precision()?.plan));
+        for example in &scene.corpus.train {
+            hash.update(format!("{:?}{}", example.row, example.input_ids.len()));
+            hash.update(bytemuck::cast_slice::<u32, u8>(&example.input_ids));
+            hash.update(bytemuck::cast_slice::<i32, u8>(&example.labels));
+        }
+        let continued = run.config.adapter_name_or_path.iter().map(|p| run.path(p));
+        let resumed = run.attempts.iter().filter_map(|a| a.config.resume_from_checkpoint.as_ref()).map(|p| run.path(p));
+        let folders = run.checkpoints.iter().map(|c| c.dir.clone()).chain(continued).chain(resumed);
+        for folder in folders {
+            for name in STATE_FILES {
+                let path = folder.join(name);
+                if let Ok(mut file) = std::fs::File::open(&path) {
+                    hash.update(format!("{}", path.display()));
+                    let unreadable = |e: std::io::Error| Error::input(format!("cannot be read: {e}")).at_path(&path);
+                    std::io::copy(&mut file, &mut hash).map_err(unreadable)?;
+                }
+            }
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Drops everything remembered (scenes, records, states): for callers that replay hundreds of settings once each.
     pub fn forget(&self) {
         *self.memory() = Memory::default();
@@ -293,6 +383,20 @@ impl Replayer {
         // A panic elsewhere leaves maps of finished entries; they stay usable.
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The step of [`Intervention::After`] and the changes without it; `None` where they act from the start anyway.
+fn delayed(start: &Start, interventions: &[Intervention]) -> Option<(u64, Vec<Intervention>)> {
+    let after = interventions.iter().rev().find_map(|i| match i {
+        Intervention::After(step) => Some(*step),
+        _ => None,
+    })?;
+    let first = match start {
+        Start::Initial => 0,
+        Start::Checkpoint(step) => *step,
+    };
+    let changes = interventions.iter().filter(|i| !matches!(i, Intervention::After(_))).cloned().collect();
+    (after > first).then_some((after, changes))
 }
 
 pub(super) fn no_such_step(scene: &Scene, step: u64) -> Error {

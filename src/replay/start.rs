@@ -140,6 +140,25 @@ pub(super) fn resume(
     Ok(state)
 }
 
+/// A state of the unchanged run as `scene` goes on from it.
+///
+/// # Errors
+/// A scene whose adapter has another dtype: its state cannot have been reached without.
+pub(super) fn switched(scene: &Scene, mut state: TrainState) -> Result<TrainState> {
+    let plan = scene.engine.plan();
+    if state.adapter.matrices().any(|m| m.dtype != plan.adapter) {
+        return Err(Error::input("the adapter's dtype can only be changed from the beginning"));
+    }
+    for rate in &mut state.base_learning_rates {
+        *rate *= scene.base_ratio;
+    }
+    if scene.schedule_changed || scene.base_ratio != 1.0 {
+        state.stored_learning_rates = None;
+    }
+    state.scaler = plan.loss_scaling.then(|| state.scaler.unwrap_or_default());
+    Ok(state)
+}
+
 fn at(dir: std::path::PathBuf, step: u64) -> Checkpoint {
     let has = |name: &str| dir.join(name).is_file();
     Checkpoint {

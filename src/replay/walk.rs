@@ -74,6 +74,28 @@ impl<'a> Walk<'a> {
         observer: &mut dyn Observer,
         steps: &mut Vec<StepRecord>,
     ) -> Result<()> {
+        self.skip(to, shown_from, observer, steps, false)
+    }
+
+    /// The same for callers that go on from the state at `to`: records alone do not do.
+    pub fn skip_to_state(
+        &mut self,
+        to: u64,
+        shown_from: u64,
+        observer: &mut dyn Observer,
+        steps: &mut Vec<StepRecord>,
+    ) -> Result<()> {
+        self.skip(to, shown_from, observer, steps, true)
+    }
+
+    fn skip(
+        &mut self,
+        to: u64,
+        shown_from: u64,
+        observer: &mut dyn Observer,
+        steps: &mut Vec<StepRecord>,
+        needs_state: bool,
+    ) -> Result<()> {
         // A scaler's schedule position depends on skips, which only running tells.
         if self.state.scaler.is_some() {
             return Ok(());
@@ -102,7 +124,7 @@ impl<'a> Walk<'a> {
             }
         }
         // Where every step is known, no state is needed.
-        if ahead.state.step == to {
+        if ahead.state.step == to && !needs_state {
             reached = records.len();
             self.stale = latest.as_ref().is_none_or(|(_, key, _)| *key != ahead.key);
             if self.stale {
