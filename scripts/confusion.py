@@ -18,7 +18,7 @@ import time
 
 def diagnose(binary, root, run, out):
     answer = out / f"{run.name}.json"
-    command = [binary, "diagnose", str(run / "train.yaml"), "--root", str(root), "--json", str(answer), "--device", "cpu"]
+    command = [binary, "diagnose", str(run / "train.yaml"), "--root", str(root), "--json", str(answer), "--device", "cpu", "--no-cache"]
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.time() - began
@@ -32,6 +32,12 @@ def judge(truth, diagnosis):
     cause = diagnosis["verdict"]["cause"] if diagnosis else "failed"
     expected = truth["expected_cause"].split("|")
     return cause, expected, cause in expected
+
+
+def windows(diagnosis):
+    """Optimizer steps replayed: unchanged + under changes + proof."""
+    cost = (diagnosis or {}).get("cost", {})
+    return " + ".join(f"{cost.get(part, 0):3}" for part in ("baseline", "experiments", "proof")) + " windows"
 
 
 def main():
@@ -60,7 +66,7 @@ def main():
             verdict = (diagnosis or {}).get("verdict", {})
             rows = [r["row"] for r in (diagnosis or {}).get("rows", [])]
             print(f"{mark} {run.name:40} {truth['expected_cause']:22} -> {cause:22} {verdict.get('confidence', ''):9}"
-                  f" {seconds:6.1f} s {(diagnosis or {}).get('windows_replayed', 0):4} windows"
+                  f" {seconds:6.1f} s {windows(diagnosis)}"
                   f"  also {verdict.get('also_sufficient', [])} rows {rows} spikes {steps[:4]} truth@{truth.get('spike_step')}"
                   f" {(diagnosis or {}).get('fault') or ''} {error}", flush=True)
     print(f"\n{counted - wrong} of {counted} counted runs right")

@@ -1,0 +1,107 @@
+//! Replays a run with one fault planted and prints the steps as the trainer would have logged them: the cases of
+//! `scripts/generated_cases.py`. An example of the library's entrance.
+//!
+//! `planted_log RUN ROOT [flip=STEP,MODULE,BIT] [pure_bf16] [adapter=STEP,FILE]`: `flip` inverts a bit of the largest
+//! element of lora_B of that module (counted from 0) before that step; `pure_bf16` trains a bf16 adapter;
+//! `adapter` keeps the adapter after that step as a safetensors file, as a checkpoint holds it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::json;
+use spikeprobe::device::{DType, Device};
+use spikeprobe::model::PrecisionPlan;
+use spikeprobe::replay::{BitFlip, FlipTarget, Intervention, Observer, Replayer, Source, Start};
+use spikeprobe::run::AdapterWeights;
+use spikeprobe::step::TrainState;
+use spikeprobe::{Error, Result, device};
+
+/// Keeps the adapter after one step.
+struct Keeper {
+    at: u64,
+    kept: Option<AdapterWeights>,
+}
+
+impl Observer for Keeper {
+    fn wants_state(&mut self, step: u64) -> bool {
+        step == self.at
+    }
+    fn state(&mut self, device: &dyn Device, state: &TrainState) -> Result<()> {
+        self.kept = Some(state.adapter.weights(device)?);
+        Ok(())
+    }
+}
+
+fn main() -> Result<()> {
+    let typed: Vec<String> = std::env::args().skip(1).collect();
+    let [path, root, options @ ..] = &typed[..] else {
+        return Err(Error::input("RUN and ROOT are missing"));
+    };
+    let source = Source { path: PathBuf::from(path), root: PathBuf::from(root), ..Source::default() };
+    let replayer = Replayer::open(source, device::open("cpu", Some(1))?)?;
+    let mut changes = Vec::new();
+    let mut adapter = None;
+    for option in options {
+        match option.split_once('=') {
+            None if option == "pure_bf16" => {
+                let plan = PrecisionPlan { adapter: DType::BF16, ..*replayer.scene().engine.plan() };
+                changes.push(Intervention::Precision(plan));
+            }
+            Some(("flip", flip)) => changes.push(Intervention::FlipBit(largest(&replayer, &numbers(flip)?)?)),
+            Some(("adapter", kept)) => adapter = kept.split_once(','),
+            _ => return Err(Error::input(format!("`{option}` is not an option"))),
+        }
+    }
+    let at = adapter.and_then(|(step, _)| step.parse().ok()).unwrap_or(0);
+    let mut keeper = Keeper { at, kept: None };
+    let trace = replayer.replay(&Start::Initial, replayer.scene().last_step(), &changes, &mut keeper)?;
+    if let (Some((_, file)), Some(weights)) = (adapter, &keeper.kept) {
+        write(Path::new(file), weights, options.iter().any(|o| o == "pure_bf16"))?;
+    }
+    let number = |x: f64| if x.is_finite() { json!(x) } else { json!(format!("{x}").to_lowercase()) };
+    for r in &trace.steps {
+        let (loss, norm) = (number(r.loss_logged.unwrap_or(r.loss)), number(r.grad_norm));
+        let row = json!({"step": r.step, "epoch": r.epoch, "loss": loss, "grad_norm": norm,
+                         "learning_rate": r.learning_rate_logged});
+        spikeprobe::output::print(&format!("{row}\n"))?;
+    }
+    Ok(())
+}
+
+fn numbers(text: &str) -> Result<Vec<u64>> {
+    let number = |t: &str| t.parse().map_err(|_| Error::input(format!("`{t}` is not a number")));
+    text.split(',').map(number).collect()
+}
+
+/// The largest element of lora_B of a module before a step.
+fn largest(replayer: &Replayer, flip: &[u64]) -> Result<BitFlip> {
+    let &[step, module, bit] = flip else { return Err(Error::input("expected STEP,MODULE,BIT")) };
+    let mut keeper = Keeper { at: step - 1, kept: None };
+    replayer.replay(&Start::Initial, step - 1, &[], &mut keeper)?;
+    let weights = keeper.kept.ok_or_else(|| Error::input("there is no such step"))?;
+    let module = &weights.modules[module as usize % weights.modules.len()];
+    let element = (0..module.b.len()).max_by(|&i, &j| module.b[i].abs().total_cmp(&module.b[j].abs())).unwrap_or(0);
+    Ok(BitFlip { step, target: FlipTarget::LoraB, tensor: module.path.clone(), element, bit: bit as u32 })
+}
+
+fn write(file: &Path, weights: &AdapterWeights, half: bool) -> Result<()> {
+    let bytes = |values: &[f32]| -> Vec<u8> {
+        match half {
+            true => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+            false => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        }
+    };
+    let dtype = if half { Dtype::BF16 } else { Dtype::F32 };
+    let mut all: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for m in &weights.modules {
+        let name = |side: &str| format!("base_model.model.model.{}.lora_{side}.weight", m.path);
+        all.insert(name("A"), (vec![m.rank, m.fan_in], bytes(&m.a)));
+        all.insert(name("B"), (vec![m.fan_out, m.rank], bytes(&m.b)));
+    }
+    let broken = |e: safetensors::SafeTensorError| Error::internal(format!("an adapter as safetensors: {e}"));
+    let views = all.iter().map(|(name, (shape, data))| Ok((name, TensorView::new(dtype, shape.clone(), data)?)));
+    let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(broken)?;
+    let file_bytes = safetensors::serialize(views, None).map_err(broken)?;
+    std::fs::write(file, file_bytes).map_err(|e| Error::output(e.to_string()).at_path(file))
+}
