@@ -146,6 +146,7 @@ fn diagnosis() -> Diagnosis {
             Finding { code: "x".into(), severity: "note".into(), message: HOSTILE.into(), place: HOSTILE.into() },
         ],
         windows_replayed: 36,
+        cost: spikeprobe::diagnosis::Cost { limit: 40, baseline: 33, experiments: 36, proof: 12, cached: 0 },
     }
 }
 

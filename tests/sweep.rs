@@ -244,3 +244,82 @@ fn the_page_of_a_large_sweep_is_small_and_asks_the_network_for_nothing() {
     assert!(html.len() < 1_500_000, "{}", html.len());
     assert!(!html.contains("<script") && !html.contains("src=") && !html.contains("href="));
 }
+
+mod bench {
+    use spikeprobe::bench::trajectory::{Point, Trajectory};
+    use spikeprobe::bench::verdict::decide;
+    use spikeprobe::bench::{GradientError, LostUpdates, Precision, ScaleLimit, SiteReport};
+
+    fn precision(name: &str, error: f64) -> Precision {
+        Precision {
+            name: name.into(),
+            gradient: GradientError { relative_l2: error, cosine: 1.0, bias: 0.0 },
+            matrices: vec![],
+            sites: vec![],
+            trajectory: Trajectory {
+                points: vec![Point { step: 1, loss: 1.0, grad_norm: 1.0 }],
+                parts_at: None,
+                drift: 0.0,
+                skipped: 0,
+                broken: 0,
+                loss_scale: vec![],
+            },
+            milliseconds: 1.0,
+        }
+    }
+    fn site(kind: &str, layer: usize) -> SiteReport {
+        SiteReport {
+            site: format!("layers.{layer}.{kind}"),
+            layer: Some(layer),
+            kind: kind.into(),
+            backward: false,
+            max_abs: 1e5,
+            nonfinite: 3,
+            first_step: Some(7),
+            underflow_share: 0.0,
+        }
+    }
+    fn scale(fails_at: Option<f64>) -> ScaleLimit {
+        ScaleLimit { fails_at, site: Some("residual".into()), step: 1, confirmed: true, at_half: 0, at_twice: 9 }
+    }
+    fn lost(share: f64) -> Vec<LostUpdates> {
+        let by_learning_rate = vec![(1e-3, share), (1e-1, 0.0)];
+        vec![LostUpdates { dtype: "bf16".into(), by_learning_rate, half_lost_below: Some(1e-4) }]
+    }
+
+    #[test]
+    fn a_forward_overflow_makes_fp16_unsafe_at_the_first_site_and_bf16_is_taken() {
+        let mut half = precision("fp16", 0.01);
+        half.sites = vec![site("mlp.down_proj output", 1), site("mlp.act output", 1), site("residual output", 2)];
+        let verdict = decide(&[precision("bf16", 0.02), half], &scale(None), &[], 1e-3);
+        assert!(verdict.summary.starts_with("bf16 is safe here."), "{}", verdict.summary);
+        assert!(verdict.summary.contains("layers.1.mlp.act output overflows beyond 65504"), "{}", verdict.summary);
+        assert!(verdict.summary.contains("step 7"), "{}", verdict.summary);
+    }
+
+    #[test]
+    fn lost_updates_make_pure_bf16_unsafe_at_the_runs_learning_rate_only() {
+        let pure = || [precision("fp32", 1e-6), precision("pure_bf16", 0.02)];
+        let verdict = decide(&pure(), &scale(Some(1e6)), &lost(0.6), 1e-3);
+        assert!(verdict.summary.contains("60 % of the updates are lost"), "{}", verdict.summary);
+        let verdict = decide(&pure(), &scale(Some(1e6)), &lost(0.6), 1e-1);
+        assert!(verdict.precisions.iter().all(|p| p.1), "{verdict:?}");
+    }
+
+    #[test]
+    fn fp16_is_given_a_power_of_two_below_the_scale_that_fails() {
+        let verdict = decide(&[precision("fp16", 0.01)], &scale(Some(70_000.0)), &[], 1e-3);
+        assert!(verdict.summary.contains("below 32768"), "{}", verdict.summary);
+        let verdict = decide(&[precision("fp16", 0.01)], &scale(Some(3.0)), &[], 1e-3);
+        assert!(!verdict.precisions[0].1, "{verdict:?}");
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_a_number_is_never_safe() {
+        let mut broken = precision("bf16", f64::NAN);
+        assert!(!decide(&[broken.clone()], &scale(Some(1e6)), &[], 1e-3).precisions[0].1);
+        broken.gradient.relative_l2 = 0.01;
+        broken.trajectory.broken = 1;
+        assert!(!decide(&[broken], &scale(Some(1e6)), &[], 1e-3).precisions[0].1);
+    }
+}

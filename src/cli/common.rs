@@ -31,10 +31,13 @@ pub struct Common {
     /// Library versions of the run, over what its files say: transformers=4.48.2,accelerate=1.2.1
     #[arg(long, global = true, value_name = "NAME=X.Y.Z,...", value_delimiter = ',', value_parser = parse_version)]
     pub versions: Vec<(String, String)>,
-    /// Folder in which replays of more than 20 s keep states to go on from [default: ~/.cache/spikeprobe];
-    /// `none` keeps nothing.
+    /// Folder in which long replays keep states to go on from, and diagnoses their experiments [default:
+    /// ~/.cache/spikeprobe]; `none` keeps nothing.
     #[arg(long, global = true, value_name = "DIR|none")]
     pub cache: Option<PathBuf>,
+    /// The same as `--cache none`.
+    #[arg(long, global = true, conflicts_with = "cache")]
+    pub no_cache: bool,
     /// Results only: no progress, no remarks.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
@@ -109,7 +112,10 @@ impl Common {
     }
 
     /// What `--cache` means; XDG_CACHE_HOME and HOME give the default.
-    fn cache_folder(&self) -> Option<PathBuf> {
+    pub fn cache_folder(&self) -> Option<PathBuf> {
+        if self.no_cache {
+            return None;
+        }
         if let Some(folder) = &self.cache {
             return (folder.as_os_str() != "none").then(|| folder.clone());
         }

@@ -10,13 +10,16 @@ use serde_json::{Value, json};
 
 use super::Common;
 use crate::batches::Dataset;
+use crate::diagnosis::archive::Archive;
 use crate::diagnosis::diagnose::{Answer, Options, diagnose};
 use crate::diagnosis::laboratory::{ReplayLaboratory, Subject};
+use crate::diagnosis::remembering::Remembering;
 use crate::diagnosis::{Fix, RowBlame, patch};
 use crate::probe::Measurement;
 use crate::replay::Replayer;
 use crate::report::page::{Pass, Piece, RowText, SiteRange, View};
 use crate::report::terminal::Style;
+use crate::run::patch::patched;
 use crate::{Error, Result, output};
 
 /// As typed.
@@ -44,9 +47,9 @@ pub struct Wanted {
     /// Optimizer steps that experiments may replay beyond the baseline.
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub windows: u64,
-    /// Seconds within which experiments may go on beyond --windows.
-    #[arg(long, value_name = "S", default_value_t = 20.0)]
-    pub seconds: f64,
+    /// Let experiments go on beyond --windows for so many seconds; the result then depends on the machine's speed.
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<f64>,
 }
 
 /// Diagnoses and prints.
@@ -70,7 +73,17 @@ pub fn show(replayer: &Replayer, name: &str, wanted: &Wanted, common: &Common) -
         seconds: wanted.seconds,
         vocab_size: Some(replayer.scene().engine.config().vocab),
     };
-    let answer = diagnose(&subject, &mut ReplayLaboratory { replayer }, &options)?;
+    let mut real = ReplayLaboratory { replayer };
+    let answer = match common.cache_folder() {
+        None => diagnose(&subject, &mut real, &options)?,
+        Some(folder) => {
+            let archive = Archive::new(&folder.join("experiments"));
+            let mut lab = Remembering::new(&mut real, &archive, replayer.identity()?);
+            let answer = diagnose(&subject, &mut lab, &options);
+            archive.notices().iter().for_each(|notice| common.remark(notice));
+            answer?
+        }
+    };
     let ranges: Vec<SiteRange> = answer.measured.iter().map(site_range).collect();
     let rows: Vec<RowText> = answer.diagnosis.rows.iter().filter_map(|row| row_text(replayer, row)).collect();
     let view = View {
@@ -165,7 +178,7 @@ fn write_fix(replayer: &Replayer, answer: &Answer, path: &Path, common: &Common)
         }
         false => settings(fix),
     };
-    output::write_text(path, &patch::configuration(&text, &changes)?)?;
+    output::write_text(path, &patched(&text, &changes))?;
     common.remark(&format!("fixed configuration: {}", path.display()));
     Ok(())
 }

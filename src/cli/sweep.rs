@@ -12,13 +12,14 @@ use serde_json::{Value, json};
 use super::Common;
 use crate::replay::Replayer;
 use crate::report::terminal::Style;
+use crate::run::patch;
 use crate::sweep::folder::{CellResult, Folder, Manifest};
 use crate::sweep::grid::{Axis, Grid, Keep};
 use crate::sweep::present::Sweep;
 use crate::sweep::queue::{self, Shard};
 use crate::sweep::replayed::{self, Replayed};
 use crate::sweep::suggest::Check;
-use crate::sweep::{Cell, SWEEP_SCHEMA, patch};
+use crate::sweep::{Cell, SWEEP_SCHEMA};
 use crate::{Error, Result, output};
 
 /// As typed.

@@ -10,7 +10,6 @@
 pub mod cpu;
 pub mod cuda;
 pub mod noise;
-pub mod nvml;
 
 use std::sync::Arc;
 

@@ -2,7 +2,9 @@
 
 use super::evidence::Match;
 use super::height::{self, Point};
+use super::investigate::Tried;
 use super::investigate::{Bench, EARLY};
+use super::laboratory::step_of;
 use super::{CurvePoint, Envelope, SpikeKind, departure, hardware, plan};
 use crate::Result;
 use crate::error::Kind;
@@ -11,6 +13,8 @@ use crate::replay::{Intervention, Start, StepRecord};
 /// Further steps when the unchanged replay does not show it where the log has it.
 const LATE: u64 = 8;
 const PERTURBED: u64 = 2;
+/// Beyond so many steps one of them has to do.
+const SHORT: u64 = 8;
 /// |ln| within which another trainer's bookkeeping gives the logged loss.
 const SAME: f64 = 0.02;
 /// Excursions below this (in ln) are the usual wandering of a gradient norm.
@@ -90,6 +94,12 @@ impl Bench<'_, '_> {
         let unchanged = at(&self.out.baseline);
         let mut spread = Envelope { loss: 0.0, grad_norm: 0.0 };
         for seed in 0..PERTURBED {
+            // One that spikes says that rounding decides; the second is for a run that looks quiet.
+            let decided = self.out.evidence.baseline.perturbed_with_spike > 0;
+            let windows = to - step_of(&self.near);
+            if decided || (seed > 0 && windows > SHORT) || !self.budget.allows(windows) {
+                break;
+            }
             let trace = self.lab.replay(&self.near, to, &[Intervention::Perturb { seed }])?;
             let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
             let early = self.onset.saturating_sub(EARLY).max(1);
@@ -112,8 +122,7 @@ impl Bench<'_, '_> {
         let next = self.subject.run.checkpoints.iter().find(|c| c.step >= self.found.step && c.has_optimizer);
         let Some(checkpoint) = next.filter(|c| c.step < self.subject.last_step()) else { return Ok(false) };
         let (from, to) = (checkpoint.step, (checkpoint.step + 2).min(self.subject.last_step()));
-        let trace = self.lab.replay(&Start::Checkpoint(from), to, &[])?;
-        self.budget.used += trace.steps.len() as u64;
+        let trace = self.unchanged(&Start::Checkpoint(from), to)?;
         let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
         let differences = departure::differences(&points, &self.subject.points, self.subject.rounding());
         Ok(departure::matches(&differences, self.subject.floor()))
@@ -135,7 +144,8 @@ impl Bench<'_, '_> {
             }
             let at = trace.steps.iter().find(|r| r.step == step).map_or(f64::NAN, |r| Point::comparable(r).loss);
             let distance = departure::distance(at, logged);
-            self.push_trial(&proposal, distance, 1, &trace);
+            let interventions = proposal.interventions.clone();
+            self.push_trial(Tried { proposal, start: self.near.clone(), interventions }, distance, 1, &trace);
             if distance <= SAME {
                 return Ok(true);
             }

@@ -26,6 +26,8 @@ const BAND: f64 = 0.5;
 const NORM_BAND: f64 = 0.35;
 /// Steps before the spike whose norms have to agree.
 const LAST: usize = 2;
+/// Steps that show whether a replay computes what the run computed: wrong inputs part at the first.
+pub const BEGINNING: usize = 3;
 /// Drift of honest arithmetic over the steps since the start point: the floor of design 5.2 times this.
 const DRIFT: f64 = 30.0;
 
@@ -89,6 +91,12 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
     // Where perturbed norms scatter widely, and as far as the log's lies, its loss is one more draw from the same chaos.
     let chaotic = spread.grad_norm > LEAST && at.grad_norm <= 3.0 * spread.grad_norm;
     (loss && !chaotic) || (norm && noise < LEAST)
+}
+
+/// The first steps lie on the log's line.
+pub fn begins_close(differences: &[Difference], floor: Envelope) -> bool {
+    let first = &differences[..differences.len().min(BEGINNING)];
+    first.len() == BEGINNING && first.iter().all(|d| d.loss <= DRIFT * floor.loss)
 }
 
 /// First step whose difference is beyond `envelope` widened by the drift since the start.
@@ -165,6 +173,16 @@ mod tests {
         assert_eq!(distance(0.0, 1.0), f64::INFINITY);
         assert_eq!(distance(f64::NAN, f64::NAN), 0.0);
         assert_eq!(distance(f64::INFINITY, f64::NEG_INFINITY), f64::INFINITY);
+    }
+
+    #[test]
+    fn a_replay_that_begins_on_the_line_is_the_run_and_one_that_parts_at_once_is_not() {
+        let logged = [1.0, 0.9, 0.8, 3.0, 6.0];
+        let begins = |replayed: &[f64]| begins_close(&differences(&series(replayed), &series(&logged), 0.0), BF16);
+        assert!(begins(&[1.001, 0.9, 0.799, 0.7, 0.6]));
+        assert!(!begins(&[1.0, 0.8, 0.8, 3.0, 6.0]));
+        assert!(!begins(&[1.0, 0.9]));
+        assert!(!begins(&[f64::NAN, 0.9, 0.8]));
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use super::detect::{self, Found};
 use super::height::{self, Point};
-use super::investigate::{Budget, Investigation, PAST, investigate};
+use super::investigate::{Budget, Investigation, PAST, Tried, investigate};
 use super::laboratory::{Laboratory, Subject, step_of};
 use super::{Cause, CertificateSummary, Confidence, Diagnosis, Envelope, Finding, RowBlame, SCHEMA, Spike};
-use super::{Experiment, Fix, SpikeKind, Verdict, departure, fix, mechanism, shares, stall, verdict};
+use super::{Cost, Experiment, Fix, SpikeKind, Verdict, departure, fix, mechanism, shares, stall, suspects, verdict};
 use crate::error::Kind;
 use crate::probe::Measurement;
 use crate::replay::{Start, StepRecord};
@@ -20,8 +20,8 @@ pub struct Options {
     pub spike: Option<u64>,
     /// Optimizer steps that experiments may replay …
     pub windows: u64,
-    /// … and seconds within which they may exceed it.
-    pub seconds: f64,
+    /// … and seconds within which they may exceed it, if the user gave some.
+    pub seconds: Option<f64>,
     pub vocab_size: Option<usize>,
 }
 
@@ -54,6 +54,10 @@ pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Optio
     let mut looked_into: Vec<(Found, Investigation)> = Vec::new();
     let mut top = None;
     for spike in found.iter().take(1 + OTHERS) {
+        // Without a window left, a look could only say that nothing was found.
+        if top.is_some() && !budget.allows(1) {
+            break;
+        }
         let investigation = investigate(subject, lab, spike, top, &mut budget)?;
         if top.is_none() {
             let cause = verdict::judge(&investigation.evidence).cause;
@@ -113,15 +117,15 @@ fn assemble(
     let top = verdict::judge(&looked_into[0].1.evidence);
     for (spike, investigation) in &looked_into {
         let verdict = verdict::judge(&investigation.evidence);
-        if verdict.cause == top.cause && matches!(top.cause, Cause::Data | Cause::MaskedLabels) {
+        // A row that is bad in another state too is bad whether or not a window was left to try the spike without it.
+        if matches!(top.cause, Cause::Data | Cause::MaskedLabels) {
             rows.extend(investigation.evidence.rows.iter().cloned());
         }
         spikes.push(spike_with(spike, verdict));
     }
     spikes.extend(found.iter().skip(looked_into.len()).map(|spike| spike_with(spike, not_looked_into(spike))));
     spikes.sort_by_key(|s| s.step);
-    rows.sort();
-    rows.dedup_by(|a, b| a.dataset == b.dataset && a.row == b.row);
+    let rows = suspects::each_once(rows);
 
     let Some((spike, mut first)) = looked_into.into_iter().next() else {
         return Err(Error::internal("a diagnosis without a spike was assembled as one with"));
@@ -132,8 +136,9 @@ fn assemble(
         first.evidence.rows.clone_from(&rows);
         top = verdict::judge(&first.evidence);
     }
-    let fix = match top.harmful || matches!(top.cause, Cause::Data) {
-        true => fix::prove(subject, lab, &spike, &first, top.cause, &rows)?,
+    let shares = shares_of(lab, &first, spike.step, budget)?;
+    let fix = match top.harmful {
+        true => fix::prove(subject, lab, &spike, &first, top.cause, &rows, budget)?,
         false => None,
     };
     let certificate = certificate(subject, &first);
@@ -143,7 +148,7 @@ fn assemble(
     };
     let diagnosis = Diagnosis {
         schema: SCHEMA.to_string(),
-        shares: shares_of(&first),
+        shares,
         sites: mechanism::sites(&first.baseline, spike.step, &measured),
         findings: findings(&first),
         fault: first.evidence.fault.filter(|_| top.cause == Cause::Hardware),
@@ -154,6 +159,7 @@ fn assemble(
         fix,
         certificate,
         windows_replayed: budget.used,
+        cost: cost_of(budget, lab),
     };
     Ok(Answer { diagnosis, baseline: first.baseline, measured })
 }
@@ -211,6 +217,7 @@ fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut B
         certificate: None,
         findings: Vec::new(),
         windows_replayed: 0,
+        cost: Cost::default(),
     };
     match stall::look(subject, lab, budget) {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
@@ -231,6 +238,7 @@ fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut B
             diagnosis.findings.push(not_replayed(&error));
         }
         Ok(trace) => {
+            budget.baseline += trace.steps.len() as u64;
             let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
             let differences = departure::differences(&points, &subject.points, subject.rounding());
             diagnosis.certificate = Some(summary_of(subject, &differences, step_of(&start) + 1));
@@ -238,6 +246,7 @@ fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut B
         }
     }
     diagnosis.windows_replayed = budget.used;
+    diagnosis.cost = cost_of(budget, lab);
     Ok(Answer { diagnosis, baseline, measured: Vec::new() })
 }
 
@@ -293,18 +302,74 @@ fn summary_of(subject: &Subject<'_>, differences: &[departure::Difference], from
     }
 }
 
-/// The part of the height that the best trial of each cause removes, divided by Shapley.
-fn shares_of(investigation: &Investigation) -> BTreeMap<String, f64> {
-    let reference = investigation.evidence.reference_height();
-    let mut removed: BTreeMap<Cause, f64> = BTreeMap::new();
-    for trial in &investigation.evidence.trials {
+fn cost_of(budget: &Budget, lab: &dyn Laboratory) -> Cost {
+    let Budget { used, baseline, proof, limit, .. } = *budget;
+    Cost { limit, baseline, experiments: used, proof, cached: lab.cached() }
+}
+
+/// The part of the height that the best trial of each cause removes, and two together where neither alone removes
+/// all of it, divided by Shapley.
+fn shares_of(
+    lab: &mut dyn Laboratory,
+    investigation: &Investigation,
+    step: u64,
+    budget: &mut Budget,
+) -> Result<BTreeMap<String, f64>> {
+    let evidence = &investigation.evidence;
+    let reference = evidence.reference_height();
+    let mut best: BTreeMap<Cause, (f64, &Tried)> = BTreeMap::new();
+    for (trial, tried) in evidence.trials.iter().zip(&investigation.tried) {
         let part = 1.0 - trial.height / reference;
-        if part.is_finite() {
-            let best = removed.entry(trial.cause).or_insert(0.0);
-            *best = best.max(part);
+        if part.is_finite() && best.get(&trial.cause).is_none_or(|(most, _)| part > *most) {
+            best.insert(trial.cause, (part.max(0.0), tried));
         }
     }
-    shares::shapley(&removed, &BTreeMap::new())
+    let removed: BTreeMap<Cause, f64> = best.iter().map(|(&c, (part, _))| (c, *part)).collect();
+    let moved: Vec<Cause> = removed.iter().filter(|(_, v)| **v >= shares::LEAST).map(|(&c, _)| c).collect();
+    let mut together = BTreeMap::new();
+    for (i, a) in moved.iter().enumerate() {
+        for b in &moved[i + 1..] {
+            // Where one of them removes nearly all, both do.
+            if removed[a].max(removed[b]) >= 1.0 - shares::LEAST {
+                continue;
+            }
+            if let Some(part) = joint(lab, investigation, (best[a].1, best[b].1), step, budget)? {
+                together.insert(vec![*a, *b], part);
+            }
+        }
+    }
+    Ok(shares::shapley(&removed, &together))
+}
+
+/// What two changes remove together; `None` where the budget or the changes do not allow the replay.
+fn joint(
+    lab: &mut dyn Laboratory,
+    investigation: &Investigation,
+    (a, b): (&Tried, &Tried),
+    step: u64,
+    budget: &mut Budget,
+) -> Result<Option<f64>> {
+    if a.start != b.start {
+        return Ok(None);
+    }
+    let (to, first) = (step + PAST, step_of(&a.start));
+    let mut interventions = a.interventions.clone();
+    interventions.extend(b.interventions.iter().filter(|i| !a.interventions.contains(i)).cloned());
+    if !budget.allows(to - first) {
+        return Ok(None);
+    }
+    let trace = match lab.replay(&a.start, to, &interventions) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Err(_) => return Ok(None),
+        Ok(trace) => trace,
+    };
+    budget.used += trace.steps.len() as u64;
+    let evidence = &investigation.evidence;
+    let points: Vec<Point> = trace.steps.iter().map(Point::replayed).collect();
+    let before: Vec<Point> = investigation.baseline.iter().map(Point::replayed).collect();
+    let height = height::of(evidence.kind, &points, &before, step..=to);
+    let part = 1.0 - height / evidence.reference_height();
+    Ok(part.is_finite().then_some(part))
 }
 
 /// An experiment as the fix's proof.

@@ -26,6 +26,8 @@ pub struct Evidence {
     pub rows: Vec<RowBlame>,
     /// A flipped bit, located or at least dated.
     pub fault: Option<Fault>,
+    /// A change more specific than every sufficient one that the windows did not suffice for.
+    pub unaffordable: Option<String>,
     /// The later loss is as high as if the spike had left damage.
     pub harmful: bool,
 }
@@ -69,6 +71,9 @@ pub struct Trial {
     pub windows: u64,
 }
 
+/// A trial that leaves this part of the height leaves nothing.
+const CLEAN: f64 = 0.1;
+
 impl Evidence {
     /// The height that a trial has to halve: that of the replay where it shows the spike, else of the log.
     pub fn reference_height(&self) -> f64 {
@@ -80,6 +85,13 @@ impl Evidence {
     /// The unchanged replay shows at least half of the logged height.
     pub fn reproduced(&self) -> bool {
         self.baseline.height.is_some_and(|height| height >= 0.5 * self.logged_height)
+    }
+    /// The sufficient trial of a cause that changes least and yet leaves nothing; of those that leave something, which
+    /// grows again past the spike, the one that leaves least. A bisection's later trials change less.
+    pub fn smallest_change(&self, cause: Cause) -> Option<(usize, &Trial)> {
+        let sufficient = || self.trials.iter().enumerate().filter(|(_, t)| t.cause == cause && self.removes(t));
+        let clean = sufficient().filter(|(_, t)| t.height <= CLEAN * self.reference_height()).last();
+        clean.or_else(|| sufficient().min_by(|a, b| a.1.height.total_cmp(&b.1.height)))
     }
     /// At least half of the height is gone. A NaN height is not gone.
     pub fn removes(&self, trial: &Trial) -> bool {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::detect::Found;
 use super::diagnose::{proof, proof_end};
 use super::height::{self, Point};
-use super::investigate::Investigation;
+use super::investigate::{Budget, Investigation};
 use super::laboratory::{Laboratory, Subject};
 use super::{Cause, CurvePoint, Experiment, Fix, RowBlame};
 use crate::Result;
@@ -26,6 +26,7 @@ pub fn prove(
     investigation: &Investigation,
     cause: Cause,
     rows: &[RowBlame],
+    budget: &mut Budget,
 ) -> Result<Option<Fix>> {
     let Some((start, interventions, changes, note)) = change(subject, investigation, cause, rows) else {
         return Ok(None);
@@ -35,6 +36,8 @@ pub fn prove(
         Err(_) => return Ok(None),
         Ok(trace) => trace,
     };
+    let acts = interventions.iter().find_map(|i| if let Intervention::After(step) = i { Some(*step) } else { None });
+    budget.proof += trace.steps.iter().filter(|r| acts.is_none_or(|step| r.step > step)).count() as u64;
     let experiment = measured(subject, found, &trace);
     let removed = experiment.height <= 0.5 * investigation.evidence.reference_height();
     Ok(removed.then(|| proof(&experiment, changes, note)))
@@ -44,7 +47,6 @@ type Change = (Start, Vec<Intervention>, BTreeMap<String, Value>, Option<String>
 
 /// What a user would set, and the interventions that replay it.
 fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, rows: &[RowBlame]) -> Option<Change> {
-    let near = investigation.start.clone()?;
     if cause == Cause::Hardware {
         let before = subject.starts_before(investigation.evidence.step).into_iter().next()?;
         let Start::Checkpoint(step) = before else { return None };
@@ -54,14 +56,14 @@ fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, ro
         return Some((before, Vec::new(), changes, Some(note)));
     }
     let evidence = &investigation.evidence;
-    let sufficient =
-        evidence.trials.iter().zip(&investigation.proposals).rfind(|(t, _)| t.cause == cause && evidence.removes(t));
-    let (trial, proposal) = sufficient?;
-    let mut interventions = proposal.interventions.clone();
+    let (index, trial) = evidence.smallest_change(cause)?;
+    let tried = investigation.tried.get(index)?;
+    let mut interventions = tried.interventions.clone();
     let mut changes = trial.changes.clone();
     let mut note = None;
     match cause {
         Cause::Data => {
+            interventions = vec![Intervention::NeutraliseRows(rows.iter().filter_map(|r| subject.row_id(r)).collect())];
             changes = BTreeMap::from([(
                 "remove_rows".to_string(),
                 json!(rows.iter().map(|r| format!("{}:{}", r.dataset, r.row)).collect::<Vec<_>>()),
@@ -85,14 +87,17 @@ fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, ro
                     .to_string(),
             );
         }
+        Cause::GradientAccumulation => {
+            note = Some(
+                "The proof gave every update so many micro-batches and kept the number of updates; with the same \
+                 num_train_epochs the run makes fewer of them."
+                    .to_string(),
+            );
+        }
         Cause::TrainerBookkeeping | Cause::MaskedLabels => return None,
         _ => {}
     }
-    // The trial began where it was sufficient; the shortest start that its experiment shows.
-    let first = investigation.experiments.iter().rfind(|e| e.cause == Some(cause) && e.removed)?.curve.first()?.step;
-    let start = if first == 1 { Start::Initial } else { near };
-    interventions.dedup();
-    Some((start, interventions, changes, note))
+    Some((tried.start.clone(), interventions, changes, note))
 }
 
 fn measured(subject: &Subject<'_>, found: &Found, trace: &Trace) -> Experiment {

@@ -155,6 +155,9 @@ impl Search<'_, '_> {
     }
 
     fn gives_the_log(&mut self, flip: &BitFlip) -> Result<bool> {
+        if !self.budget.allows(1) {
+            return Ok(false);
+        }
         let trace = self.lab.replay(self.near, self.step, &[Intervention::FlipBit(flip.clone())])?;
         self.budget.used += 1;
         let logged = self.subject.points.iter().find(|p| p.step == self.step);

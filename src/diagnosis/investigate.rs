@@ -9,9 +9,10 @@ use super::evidence::{Baseline, Evidence, Match, Trial};
 use super::height::{self, Point};
 use super::laboratory::{Laboratory, Subject, step_of};
 use super::plan::{self, From, Proposal, Situation};
+use super::route::Route;
 use super::rows::Suspect;
 use super::{Cause, CurvePoint, Experiment, SpikeKind, departure};
-use crate::replay::{Start, StepRecord, Trace};
+use crate::replay::{Intervention, Start, StepRecord, Trace};
 use crate::{Result, error::Kind};
 
 /// Steps past a spike's first that belong to it.
@@ -22,25 +23,28 @@ pub(super) const EARLY: u64 = 2;
 const RATES: [f64; 2] = [0.1, 0.02];
 /// Halvings (in ln) of the interval between the stable and the unstable factor.
 const REFINEMENTS: usize = 3;
-/// Trials that a spike may cost whatever the budget says.
-const TRIALS: u64 = 3;
 
-/// Replay that experiments may still use.
+/// Replay that experiments may still use, and what was used. Time plays no part unless the user gives some.
 #[derive(Debug, Clone)]
 pub struct Budget {
+    /// Optimizer steps replayed under changes.
     pub used: u64,
-    limit: u64,
-    until: std::time::Instant,
+    /// Optimizer steps of the unchanged run, replayed to reproduce spikes and to start experiments from.
+    pub baseline: u64,
+    /// Optimizer steps of the fix's proof.
+    pub proof: u64,
+    pub limit: u64,
+    until: Option<std::time::Instant>,
 }
 
 impl Budget {
     /// `windows` optimizer steps; beyond them only until `seconds` are over.
-    pub fn new(windows: u64, seconds: f64) -> Self {
-        let until = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds);
-        Self { used: 0, limit: windows, until }
+    pub fn new(windows: u64, seconds: Option<f64>) -> Self {
+        let until = seconds.map(|s| std::time::Instant::now() + std::time::Duration::from_secs_f64(s));
+        Self { used: 0, baseline: 0, proof: 0, limit: windows, until }
     }
-    fn allows(&self, windows: u64) -> bool {
-        self.used + windows <= self.limit || std::time::Instant::now() < self.until
+    pub fn allows(&self, windows: u64) -> bool {
+        self.used + windows <= self.limit || self.until.is_some_and(|until| std::time::Instant::now() < until)
     }
 }
 
@@ -54,8 +58,17 @@ pub struct Investigation {
     /// Why nothing was replayed.
     pub failure: Option<crate::Error>,
     pub differences: Vec<departure::Difference>,
-    /// The proposal behind each trial, in the order of `evidence.trials`.
-    pub proposals: Vec<Proposal>,
+    /// The replay behind each trial, in the order of `evidence.trials`.
+    pub tried: Vec<Tried>,
+}
+
+/// How a trial was replayed: what the fix's proof repeats.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tried {
+    pub proposal: Proposal,
+    pub start: Start,
+    /// Of the proposal, with the step after which they act.
+    pub interventions: Vec<Intervention>,
 }
 
 pub(super) struct Bench<'a, 'r> {
@@ -66,8 +79,6 @@ pub(super) struct Bench<'a, 'r> {
     pub(super) only: Option<Cause>,
     /// Heights are those of the excursions before the spike, because the spike itself is chaos.
     pub(super) turbulent: bool,
-    /// The last change that removed the spike had to begin at the initial adapter.
-    pub(super) far: bool,
     pub(super) starts: Vec<Start>,
     pub(super) near: Start,
     /// First step whose loss went into the spike's log row.
@@ -95,11 +106,7 @@ pub fn investigate(
     let near = starts.iter().find(|s| step_of(s) + 2 <= onset).or(starts.last()).cloned().unwrap_or(Start::Initial);
     let to = (found.step + PAST).min(subject.last_step().max(found.step));
     let out = empty(subject, found);
-    // Far from any checkpoint one trial alone may exceed the budget; a verdict needs a few.
-    let trials = if only.is_none() { TRIALS } else { 1 };
-    budget.limit = budget.limit.max(budget.used + trials * (to - step_of(&near)));
-    let mut bench =
-        Bench { subject, lab, budget, found: *found, only, turbulent: false, far: false, starts, near, onset, to, out };
+    let mut bench = Bench { subject, lab, budget, found: *found, only, turbulent: false, starts, near, onset, to, out };
     match bench.run() {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Err(error) => bench.out.failure = Some(error),
@@ -131,6 +138,7 @@ fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
         window_always_high: false,
         rows: Vec::new(),
         fault: None,
+        unaffordable: None,
         harmful: height::harmful(&subject.points, found.step, found.until, before),
     };
     Investigation {
@@ -140,7 +148,7 @@ fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
         start: None,
         failure: None,
         differences: Vec::new(),
-        proposals: Vec::new(),
+        tried: Vec::new(),
     }
 }
 
@@ -161,7 +169,10 @@ impl Bench<'_, '_> {
             self.out.evidence.window_always_high = self.always_high()?;
         }
         self.trials(&suspects)?;
-        let decided = level || self.out.evidence.window_without_labels;
+        let evidence = &self.out.evidence;
+        // What one row or one window does, a lower learning rate cannot undo.
+        let certain = evidence.trials.iter().any(|t| t.cause <= Cause::Data && evidence.removes(t));
+        let decided = level || certain || evidence.window_without_labels || evidence.unaffordable.is_some();
         if self.out.evidence.reproduced() && !decided && self.wants(Cause::LearningRate) {
             self.learning_rates()?;
         }
@@ -200,7 +211,7 @@ impl Bench<'_, '_> {
     }
 
     fn baseline(&mut self) -> Result<()> {
-        let mut trace = self.lab.replay(&self.near, self.to, &[])?;
+        let mut trace = self.unchanged(&self.near.clone(), self.to)?;
         self.out.baseline.clone_from(&trace.steps);
         let mut height = self.height(&trace);
         let shown = height >= 0.5 * self.found.height;
@@ -208,7 +219,7 @@ impl Bench<'_, '_> {
             // The nearest state of all, if there is one nearer: one step of chaos less.
             let nearest = self.starts.first().cloned().unwrap_or(Start::Initial);
             if nearest != self.near {
-                let nearer = self.lab.replay(&nearest, self.to, &[])?;
+                let nearer = self.unchanged(&nearest, self.to)?;
                 let nearer_height = self.height(&nearer);
                 if nearer_height >= 0.5 * self.found.height {
                     (trace, height, self.near) = (nearer, nearer_height, nearest);
@@ -217,15 +228,40 @@ impl Bench<'_, '_> {
         }
         let replayed: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
         let differences = departure::differences(&replayed, &self.subject.points, self.subject.rounding());
+        let mut before = departure::before(&differences, self.found.step, self.subject.floor());
+        if before == Match::Off && self.is_the_run(&differences)? {
+            before = Match::Band;
+        }
         let baseline = &mut self.out.evidence.baseline;
         baseline.height = Some(height);
-        baseline.before = departure::before(&differences, self.found.step, self.subject.floor());
+        baseline.before = before;
         self.out.evidence.window_without_labels = replayed.iter().any(|p| p.step == self.found.step && p.unlabelled);
         self.out.start = Some(self.near.clone());
         self.out.differences = differences;
         self.out.baseline.clone_from(&trace.steps);
         self.record("baseline", None, &Default::default(), height, 0, &trace);
         Ok(())
+    }
+
+    /// The replay parts from the log, but begins on its line: the inputs are the run's, what parted them is chaos.
+    fn is_the_run(&mut self, differences: &[departure::Difference]) -> Result<bool> {
+        let floor = self.subject.floor();
+        if departure::begins_close(differences, floor) {
+            return Ok(true);
+        }
+        if self.near == Start::Initial {
+            return Ok(false);
+        }
+        let trace = self.unchanged(&Start::Initial, departure::BEGINNING as u64)?;
+        let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
+        let beginning = departure::differences(&points, &self.subject.points, self.subject.rounding());
+        Ok(departure::begins_close(&beginning, floor))
+    }
+
+    pub(super) fn unchanged(&mut self, start: &Start, to: u64) -> Result<Trace> {
+        let trace = self.lab.replay(start, to, &[])?;
+        self.budget.baseline += trace.steps.len() as u64;
+        Ok(trace)
     }
 
     fn trials(&mut self, suspects: &[Suspect]) -> Result<()> {
@@ -240,65 +276,72 @@ impl Bench<'_, '_> {
         }
         proposals.retain(|p| self.wants(p.cause));
         for proposal in &proposals {
+            // They come most specific first: what follows one that suffices cannot be the verdict.
+            if self.settled() {
+                break;
+            }
+            let tried = self.out.tried.len();
             // A restart of the schedule: the run without it from the beginning, else the rate held from there on.
             let far = proposal.from == From::Initial && !self.budget.allows(self.to);
             match plan::held(self.subject, &situation).filter(|_| far && proposal.cause == Cause::Schedule) {
                 Some(held) => self.try_out(&held)?,
                 None => self.try_out(proposal)?,
             };
+            // Without it, a less specific change that suffices would be named in its place.
+            if self.out.tried.len() == tried && !self.affordable(proposal) {
+                self.out.evidence.unaffordable = Some(proposal.name.clone());
+                break;
+            }
         }
         Ok(())
     }
 
+    fn affordable(&self, proposal: &Proposal) -> bool {
+        self.routes(proposal).first().is_none_or(|route| self.budget.allows(self.cost(proposal, route)))
+    }
+
+    /// A cause is at hand.
+    fn settled(&self) -> bool {
+        self.out.evidence.trials.iter().any(|t| self.out.evidence.removes(t))
+    }
+
     /// Replays a proposal; from further back when the nearest start point is already part of the damage.
-    fn try_out(&mut self, proposal: &Proposal) -> Result<f64> {
-        let starts = match proposal.from {
-            From::Near if self.near == Start::Initial => vec![Start::Initial],
-            From::Near => vec![self.near.clone(), Start::Initial],
-            From::Before(step) => {
-                let earlier = self.subject.starts_before(step);
-                let whole = |s: &&Start| match s {
-                    Start::Initial => true,
-                    Start::Checkpoint(k) => {
-                        self.subject.run.checkpoints.iter().any(|c| c.step == *k && c.has_optimizer && c.step < step)
-                    }
-                };
-                vec![earlier.iter().find(whole).cloned().unwrap_or(Start::Initial)]
+    fn try_out(&mut self, proposal: &Proposal) -> Result<()> {
+        for route in self.routes(proposal) {
+            if route.back && self.only.is_some() {
+                break;
             }
-            From::Initial => vec![Start::Initial],
-        };
-        let mut best = f64::NAN;
-        for start in starts {
-            let windows = self.to - step_of(&start);
-            let reaches_back = start == Start::Initial && self.near != Start::Initial && proposal.from == From::Near;
-            // A change of single rows or of the schedule has no effect before the nearest start.
-            let only_near = matches!(proposal.cause, Cause::Data | Cause::Schedule | Cause::MaskedLabels);
-            // And with a cause at hand, whether a broader change from the beginning would also do is not worth it.
-            let settled = self.only.is_some() || self.out.evidence.trials.iter().any(|t| self.out.evidence.removes(t));
-            if (reaches_back && (only_near || settled)) || !self.budget.allows(windows) {
-                continue;
-            }
-            let trace = match self.lab.replay(&start, self.to, &proposal.interventions) {
-                Err(error) if error.kind == Kind::Interrupted => return Err(error),
-                // A change that cannot be replayed is no evidence either way.
-                Err(_) => continue,
-                Ok(trace) => trace,
-            };
-            let height = self.height(&trace);
-            let windows = self.own_windows(&start, &trace);
-            self.budget.used += windows;
-            best = height;
-            let removed = self.push_trial(proposal, height, windows, &trace);
-            if removed {
-                self.far = reaches_back;
+            if self.travel(proposal, &route)?.is_some_and(|tried| tried.1) {
                 break;
             }
         }
-        Ok(best)
+        Ok(())
+    }
+
+    /// Height and whether the spike is gone; `None` where the budget or the change does not allow the replay.
+    fn travel(&mut self, proposal: &Proposal, route: &Route) -> Result<Option<(f64, bool)>> {
+        if !self.budget.allows(self.cost(proposal, route)) {
+            return Ok(None);
+        }
+        let mut interventions = proposal.interventions.clone();
+        interventions.extend(route.after.map(Intervention::After));
+        let trace = match self.lab.replay(&route.start, self.to, &interventions) {
+            Err(error) if error.kind == Kind::Interrupted => return Err(error),
+            // A change that cannot be replayed is no evidence either way.
+            Err(_) => return Ok(None),
+            Ok(trace) => trace,
+        };
+        let height = self.height(&trace);
+        let windows = self.own_windows(route, &trace);
+        self.budget.used += windows;
+        self.budget.baseline += if route.start == self.near { 0 } else { trace.steps.len() as u64 - windows };
+        let tried = Tried { proposal: proposal.clone(), start: route.start.clone(), interventions };
+        Ok(Some((height, self.push_trial(tried, height, windows, &trace))))
     }
 
     /// Whether it removes the spike.
-    pub(super) fn push_trial(&mut self, proposal: &Proposal, height: f64, windows: u64, trace: &Trace) -> bool {
+    pub(super) fn push_trial(&mut self, tried: Tried, height: f64, windows: u64, trace: &Trace) -> bool {
+        let proposal = &tried.proposal;
         let trial = Trial {
             cause: proposal.cause,
             name: proposal.name.clone(),
@@ -308,44 +351,43 @@ impl Bench<'_, '_> {
         };
         let removed = self.out.evidence.removes(&trial);
         self.out.evidence.trials.push(trial);
-        self.out.proposals.push(proposal.clone());
         self.record(&proposal.name, Some(proposal.cause), &proposal.changes, height, windows, trace);
+        self.out.tried.push(tried);
         removed
-    }
-
-    /// Steps of a trial that the baseline had not replayed already: all from the first that differs.
-    fn own_windows(&self, start: &Start, trace: &Trace) -> u64 {
-        let shared = if *start == self.near {
-            trace.steps.iter().zip(&self.out.baseline).take_while(|(own, base)| own == base).count()
-        } else {
-            0
-        };
-        (trace.steps.len() - shared) as u64
     }
 
     /// Whether a learning rate far below removes the spike, then the largest that does, as far as the budget goes.
     fn learning_rates(&mut self) -> Result<()> {
         // Stable is more than half removed: a loss that still doubles is not.
         let limit = f64::ln(2.0).min(0.5 * self.out.evidence.reference_height());
-        let (mut unstable, mut stable) = (1.0, None);
-        for factor in RATES {
-            let proposal = plan::scaled_learning_rate(self.subject, factor, From::Near);
-            if self.try_out(&proposal)? <= limit {
-                stable = Some(factor);
-                break;
+        let settled = self.settled();
+        let proposal = |factor| plan::scaled_learning_rate(self.subject, factor, From::Near);
+        let routes = self.routes(&proposal(1.0));
+        // With a more specific cause at hand it is only asked whether this would also do.
+        let alone = self.only.is_some() || settled;
+        let routes: Vec<&Route> = routes.iter().filter(|r| !(r.back && alone)).collect();
+        let mut found = None;
+        'routes: for route in routes {
+            let mut unstable = 1.0;
+            for factor in RATES {
+                match self.travel(&proposal(factor), route)? {
+                    Some((height, _)) if height <= limit => {
+                        found = Some((route, factor, unstable));
+                        break 'routes;
+                    }
+                    Some(_) if !alone => unstable = factor,
+                    _ => break,
+                }
             }
-            unstable = factor;
         }
-        let Some(mut low) = stable else { return Ok(()) };
-        let (from, cost) =
-            if self.far { (From::Initial, self.to) } else { (From::Near, self.to - step_of(&self.near)) };
+        let Some((route, mut low, mut unstable)) = found.filter(|_| !alone) else { return Ok(()) };
         for _ in 0..REFINEMENTS {
             let middle = f64::sqrt(low * unstable);
-            if self.only.is_some() || !self.budget.allows(cost) {
-                break;
+            match self.travel(&proposal(middle), route)? {
+                Some((height, _)) if height <= limit => low = middle,
+                Some(_) => unstable = middle,
+                None => break,
             }
-            let proposal = plan::scaled_learning_rate(self.subject, middle, from);
-            if self.try_out(&proposal)? <= limit { low = middle } else { unstable = middle }
         }
         Ok(())
     }

@@ -34,6 +34,11 @@ pub trait Laboratory {
     /// # Errors
     /// What cannot be replayed.
     fn measure(&mut self, start: &Start, step: u64) -> Result<Vec<Measurement>>;
+
+    /// How many results so far were not computed but found.
+    fn cached(&self) -> u64 {
+        0
+    }
 }
 
 /// The real one.
@@ -155,6 +160,19 @@ impl<'a> Subject<'a> {
         let mut steps: Vec<u64> = self.run.checkpoints.iter().filter(usable).map(|c| c.step).collect();
         steps.sort_unstable_by(|a, b| b.cmp(a));
         steps.into_iter().map(Start::Checkpoint).chain([Start::Initial]).collect()
+    }
+
+    /// The row that a blame names.
+    pub fn row_id(&self, blame: &super::RowBlame) -> Option<RowId> {
+        let dataset = self.corpus?.datasets.iter().position(|d| d.name == blame.dataset)?;
+        Some(RowId { dataset: u16::try_from(dataset).ok()?, row: blame.row })
+    }
+
+    /// Positions of a training row's tokens whose predictions count, ascending; empty when the rows could not be read.
+    pub fn labelled(&self, row: RowId) -> Vec<usize> {
+        let example = self.corpus.and_then(|c| c.train.iter().find(|e| e.row == row));
+        let labels = example.map_or(&[][..], |e| &e.labels[..]);
+        labels.iter().enumerate().filter(|(_, l)| **l != crate::batches::IGNORE).map(|(i, _)| i).collect()
     }
 
     pub fn dataset_name(&self, row: RowId) -> String {

@@ -7,6 +7,7 @@
 //! What people read of a [`Diagnosis`] is made in `report/`.
 
 mod absent;
+pub mod archive;
 mod bits;
 pub mod departure;
 pub mod detect;
@@ -21,6 +22,8 @@ mod mechanism;
 pub mod number;
 pub mod patch;
 pub mod plan;
+pub mod remembering;
+mod route;
 pub mod rows;
 pub mod shares;
 mod stall;
@@ -287,4 +290,20 @@ pub struct Diagnosis {
     pub findings: Vec<Finding>,
     /// Optimizer steps replayed beyond the baseline for the verdict.
     pub windows_replayed: u64,
+    pub cost: Cost,
+}
+
+/// What the answer cost, in optimizer steps (windows), counted whether they were computed or found in the cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cost {
+    /// What `--windows` allows for experiments.
+    pub limit: u64,
+    /// The unchanged run: to reproduce spikes, and to reach the states that experiments start from.
+    pub baseline: u64,
+    /// Under changes: rows in other states, perturbed replays, trials.
+    pub experiments: u64,
+    /// The fix, past the spike.
+    pub proof: u64,
+    /// Replays whose results were on disk.
+    pub cached: u64,
 }

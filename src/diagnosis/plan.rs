@@ -21,17 +21,19 @@ const CLIPPING: f64 = 1.0;
 const ACCUMULATION: usize = 8;
 /// A learning rate that rises by this factor within a step after it had fallen is a jump.
 const JUMP: f64 = 2.0;
+/// Of the rate it jumped to: below it a learning rate is spent, and at it the continuation is gentle.
+const SPENT: f64 = 0.1;
 /// Updates through which a jump of the learning rate can still be the cause of a spike.
 const AFTERMATH: u64 = 16;
 
 /// Where a proposal has to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum From {
-    /// The nearest start point before the spike.
+    /// A few steps before the spike; further back where the damage was done before.
     Near,
-    /// Any start point before this step.
+    /// Any start point before this step, up to and including which the run stays as it was.
     Before(u64),
-    /// The beginning: the change alters how steps are counted.
+    /// The beginning: the change alters the run from its first step.
     Initial,
 }
 
@@ -232,19 +234,41 @@ pub fn lost_optimizer(subject: &Subject<'_>, step: u64) -> Option<u64> {
     (!(checkpoint.has_optimizer && checkpoint.has_scheduler)).then_some(last)
 }
 
-/// Step of the last upward jump of the learning rate before `step`, and the rate before it.
-pub fn schedule_jump(baseline: &[StepRecord], logged: &[(u64, f64)], step: u64) -> Option<(u64, f64)> {
+/// An upward jump of the learning rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RateJump {
+    /// First step with the higher rate.
+    pub step: u64,
+    pub before: f64,
+    /// The highest rate between the jump and the spike.
+    pub after: f64,
+}
+
+impl RateJump {
+    /// The rate to go on with instead: that before the jump, or where that was spent, a tenth of that after it.
+    fn gentle(&self) -> f64 {
+        self.before.max(SPENT * self.after)
+    }
+}
+
+/// The last upward jump of the learning rate before `step`.
+pub fn schedule_jump(baseline: &[StepRecord], logged: &[(u64, f64)], step: u64) -> Option<RateJump> {
     // The replayed rate is the one the update used; the log fills in what lies before the start point.
     let first = baseline.first().map_or(u64::MAX, |r| r.step);
     let before = logged.iter().copied().filter(|(s, _)| *s < first);
     let rates: Vec<(u64, f64)> = before.chain(baseline.iter().map(|r| (r.step, r.learning_rate))).collect();
-    let mut jump = None;
+    let mut jump: Option<RateJump> = None;
     let mut highest: f64 = 0.0;
     for pair in rates.windows(2) {
         let ((_, old), (at, new)) = (pair[0], pair[1]);
         // Rising from where it had already been: a warm-up rises to where it has never been.
         if new > JUMP * old && old < 0.5 * highest && at < step && at + AFTERMATH >= step {
-            jump = Some((at, old));
+            // The warm-up of a second schedule goes on from its first steps.
+            let before = jump.filter(|j| at <= j.step + 1).map_or(old, |j| j.before);
+            let from = jump.filter(|j| at <= j.step + 1).map_or(at, |j| j.step);
+            jump = Some(RateJump { step: from, before, after: new });
+        } else if let Some(jump) = jump.as_mut().filter(|_| at < step) {
+            jump.after = jump.after.max(new);
         }
         highest = highest.max(old);
     }
@@ -253,7 +277,7 @@ pub fn schedule_jump(baseline: &[StepRecord], logged: &[(u64, f64)], step: u64) 
 
 fn schedule(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
     let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
-    let (at, _) = schedule_jump(situation.baseline, &logged, situation.step)?;
+    let at = schedule_jump(situation.baseline, &logged, situation.step)?.step;
     let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|from| at > from && at <= from + 2);
     if !resumed && subject.run.config.lr_scheduler_type.contains("restarts") {
         let change = vec![set("lr_scheduler_type", json!("cosine"))];
@@ -263,13 +287,15 @@ fn schedule(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal
     held(subject, situation)
 }
 
-/// The learning rate held at what it was before its last jump.
+/// The learning rate held at what it was before its last jump. A schedule that had ended was at zero, where nothing
+/// is learned and nothing can spike: then at a tenth of what it jumped to.
 pub fn held(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal> {
     let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
-    let (at, before) = schedule_jump(situation.baseline, &logged, situation.step)?;
-    let change = vec![Intervention::HoldLearningRate { from_step: at, value: before }];
-    let name = format!("hold the learning rate at {before:.3e} from step {at} on");
-    Some(proposal(Cause::Schedule, name, "learning_rate", json!(before), change, From::Near))
+    let jump = schedule_jump(situation.baseline, &logged, situation.step)?;
+    let value = jump.gentle();
+    let change = vec![Intervention::HoldLearningRate { from_step: jump.step, value }];
+    let name = format!("hold the learning rate at {value:.3e} from step {} on", jump.step);
+    Some(proposal(Cause::Schedule, name, "learning_rate", json!(value), change, From::Near))
 }
 
 fn clipping(subject: &Subject<'_>) -> Option<Proposal> {
@@ -282,8 +308,9 @@ fn clipping(subject: &Subject<'_>) -> Option<Proposal> {
     Some(proposal(Cause::GradientClipping, name, "max_grad_norm", json!(CLIPPING), change, From::Near))
 }
 
-/// As many updates, each of [`ACCUMULATION`] micro-batches. Where an update averages that many rows already, the
-/// noise of small updates is not a suspect: more of them would only hide another cause.
+/// As many updates, each of [`ACCUMULATION`] micro-batches, so the epochs are as many times longer: every update keeps
+/// its learning rate. Where an update averages that many rows already, the noise of small updates is not a suspect:
+/// more of them would only hide another cause.
 fn accumulation(subject: &Subject<'_>) -> Option<Proposal> {
     let config = &subject.run.config;
     let now = config.gradient_accumulation_steps;
@@ -291,9 +318,10 @@ fn accumulation(subject: &Subject<'_>) -> Option<Proposal> {
         return None;
     }
     let key = "gradient_accumulation_steps";
-    let change = vec![set(key, json!(ACCUMULATION))];
+    let epochs = config.num_train_epochs * ACCUMULATION as f64 / now as f64;
+    let change = vec![set(key, json!(ACCUMULATION)), set("num_train_epochs", json!(epochs))];
     let name = format!("{key} {ACCUMULATION} instead of {now}");
-    Some(proposal(Cause::GradientAccumulation, name, key, json!(ACCUMULATION), change, From::Initial))
+    Some(proposal(Cause::GradientAccumulation, name, key, json!(ACCUMULATION), change, From::Near))
 }
 
 /// The learning rate multiplied by `factor`.
@@ -302,4 +330,40 @@ pub fn scaled_learning_rate(subject: &Subject<'_>, factor: f64, from: From) -> P
     let name = format!("learning_rate {rate:.2e} instead of {:.2e}", subject.run.config.learning_rate);
     let change = vec![Intervention::ScaleLearningRate(factor)];
     proposal(Cause::LearningRate, name, "learning_rate", json!(rate), change, from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rates(values: &[f64]) -> Vec<(u64, f64)> {
+        values.iter().enumerate().map(|(i, &rate)| (i as u64 + 1, rate)).collect()
+    }
+
+    #[test]
+    fn a_warm_up_and_a_decay_are_no_jump() {
+        assert_eq!(schedule_jump(&[], &rates(&[0.0, 1e-4, 5e-4, 1e-3, 9e-4, 8e-4, 7e-4]), 7), None);
+    }
+
+    #[test]
+    fn a_schedule_that_had_ended_goes_on_at_a_tenth_of_what_it_jumped_to_and_never_at_zero() {
+        let jump = schedule_jump(&[], &rates(&[1e-3, 6e-4, 2e-4, 0.0, 5e-4, 5e-4]), 6).expect("a jump");
+        assert_eq!((jump.step, jump.before, jump.after), (5, 0.0, 5e-4));
+        assert!((jump.gentle() - 5e-5).abs() < 1e-18);
+    }
+
+    #[test]
+    fn a_second_warm_up_counts_as_one_jump_from_its_beginning_to_its_end() {
+        let jump = schedule_jump(&[], &rates(&[1e-3, 8e-4, 1e-4, 3e-4, 8e-4, 9e-4]), 6).expect("a jump");
+        assert_eq!((jump.step, jump.before), (4, 1e-4));
+        assert!((jump.gentle() - 1e-4).abs() < 1e-18);
+    }
+
+    #[test]
+    fn a_jump_long_before_the_spike_is_not_its_cause() {
+        let mut all = vec![1e-3, 8e-4, 1e-4, 9e-4];
+        all.extend([8e-4; 30]);
+        assert_eq!(schedule_jump(&[], &rates(&all), 30), None);
+        assert!(schedule_jump(&[], &rates(&all), 10).is_some());
+    }
 }

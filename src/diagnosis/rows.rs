@@ -14,6 +14,10 @@ pub struct Suspect {
     pub rows: Vec<RowId>,
     /// ln of its mean loss over the median of the micro-batches around it.
     pub excess: f64,
+    /// Its mean loss.
+    pub loss: f64,
+    /// Positions in a single row's tokens that carry its loss, once they are known.
+    pub tokens: Option<std::ops::Range<usize>>,
 }
 
 /// A suspect's mean loss is at least this factor above its surroundings …
@@ -33,7 +37,8 @@ pub fn suspects(steps: &[StepRecord], from: u64, to: u64) -> Vec<Suspect> {
         for (micro_batch, micro) in record.micro_batches.iter().enumerate() {
             let Some(excess) = excess(steps, index, micro_batch) else { continue };
             if excess >= MIN_EXCESS.ln().max(BEYOND * usual) {
-                found.push(Suspect { step: record.step, micro_batch, rows: micro.rows.clone(), excess });
+                let (rows, loss) = (micro.rows.clone(), micro.mean_loss);
+                found.push(Suspect { step: record.step, micro_batch, rows, excess, loss, tokens: None });
             }
         }
     }

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use super::Cause;
 
+/// A part of the height below this is noise of the replay; so few factors are above it that 2^n stays small.
+pub const LEAST: f64 = 0.1;
+
 /// Shares of the height by cause, summing to 1; empty when nothing moved anything.
 ///
 /// `removed` holds, per cause, the part of the height (0..1) that its change alone removes; `together` what several
@@ -11,8 +14,7 @@ use super::Cause;
 /// member: the causes here mask one another far more often than they add up. Shapley value of cause i:
 /// Σ_S |S|! (n−|S|−1)! / n! · (v(S ∪ i) − v(S)) over all S without i (Shapley 1953).
 pub fn shapley(removed: &BTreeMap<Cause, f64>, together: &BTreeMap<Vec<Cause>, f64>) -> BTreeMap<String, f64> {
-    // Below a tenth it is noise of the replay, and 2^n stays small.
-    let players: Vec<Cause> = removed.iter().filter(|(_, v)| **v >= 0.1).map(|(&c, _)| c).take(11).collect();
+    let players: Vec<Cause> = removed.iter().filter(|(_, v)| **v >= LEAST).map(|(&c, _)| c).take(11).collect();
     let value = |set: usize| -> f64 {
         let members: Vec<Cause> =
             players.iter().enumerate().filter(|(i, _)| set >> i & 1 == 1).map(|(_, &c)| c).collect();

@@ -17,7 +17,7 @@ use crate::replay::{Intervention, Start, Trace};
 /// differs in sign from step to step and averages out far below.
 const LEAST: f64 = 0.03;
 /// Steps replayed of each.
-const STEPS: u64 = 48;
+const STEPS: u64 = 40;
 
 /// A stall with its proof.
 #[derive(Debug)]
@@ -37,6 +37,7 @@ pub fn look(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget
     }
     let to = STEPS.min(subject.last_step());
     let baseline = lab.replay(&Start::Initial, to, &[])?;
+    budget.baseline += baseline.steps.len() as u64;
     let plan = PrecisionPlan { adapter: DType::F32, ..subject.plan };
     let fp32 = lab.replay(&Start::Initial, to, &[Intervention::Precision(plan)])?;
     budget.used += fp32.steps.len() as u64;

@@ -87,6 +87,12 @@ fn undetermined(evidence: &Evidence, _confidence: Confidence) -> String {
             "Step {step} could not be replayed, so no cause can be named; see the findings for what is missing."
         );
     }
+    if let Some(change) = &evidence.unaffordable {
+        return format!(
+            "The spike of step {step} lies so far from the nearest start point that `{change}` could not be tried within \
+             the windows allowed. Allow more with --windows, or save checkpoints closer to it."
+        );
+    }
     match evidence.baseline.before {
         Match::Off => format!(
             "The replay differs from the log before step {step}: some input is not what the run used. Check model, \
@@ -103,11 +109,9 @@ fn undetermined(evidence: &Evidence, _confidence: Confidence) -> String {
     }
 }
 
-/// The change that removed most for this cause, in words.
+/// The smallest change that removes the spike for this cause, in words.
 fn best_change(evidence: &Evidence, cause: Cause) -> String {
-    let mut trials = evidence.trials.iter().filter(|t| t.cause == cause && evidence.removes(t));
-    // The last sufficient trial of a bisection is the smallest change.
-    trials.next_back().map_or_else(|| "change it".to_string(), |t| t.name.clone())
+    evidence.smallest_change(cause).map_or_else(|| "change it".to_string(), |(_, t)| t.name.clone())
 }
 
 /// "row 37 of train", "rows 10, 11, 50 of train".

@@ -8,6 +8,13 @@ use super::{RowBlame, SpikeKind};
 use crate::Result;
 use crate::replay::{Intervention, StepRecord};
 
+/// Halvings of a guilty row's tokens, …
+const HALVINGS: usize = 4;
+/// … down to so many, …
+const FEWEST: usize = 4;
+/// … as long as so many windows are left for the trials.
+const RESERVED: u64 = 30;
+
 impl Bench<'_, '_> {
     /// Micro-batches that stand out in the spike's windows and also in an earlier, sound state.
     pub(super) fn suspects(&mut self) -> Result<Vec<Suspect>> {
@@ -17,8 +24,9 @@ impl Bench<'_, '_> {
         suspects.truncate(6);
         let mut confirmed = Vec::new();
         for suspect in suspects {
-            if self.bad_in_another_state(&suspect)? {
-                confirmed.push(self.without_bystanders(suspect)?);
+            if self.budget.allows(1) && self.bad_in_another_state(&suspect)? {
+                let alone = self.without_bystanders(suspect)?;
+                confirmed.push(self.token_range(alone)?);
             }
         }
         Ok(confirmed)
@@ -60,6 +68,54 @@ impl Bench<'_, '_> {
         Ok(Suspect { rows, ..suspect })
     }
 
+    /// Of a single row, the tokens that carry its loss: halves whose labels are masked in turn, until neither half
+    /// alone explains it. Masking labels leaves the forward pass as it is, so what a half loses the other keeps.
+    fn token_range(&mut self, suspect: Suspect) -> Result<Suspect> {
+        let [row] = suspect.rows[..] else { return Ok(suspect) };
+        let record = self.out.baseline.iter().find(|r| r.step == suspect.step);
+        if record.is_none_or(|r| r.micro_batches[suspect.micro_batch].rows.len() != 1) {
+            return Ok(suspect);
+        }
+        let labelled = self.subject.labelled(row);
+        let usual = suspect.loss / suspect.excess.exp();
+        let mut range = 0..labelled.len();
+        let mut inside = suspect.loss * labelled.len() as f64;
+        for _ in 0..HALVINGS {
+            if range.len() < 2 * FEWEST || !self.budget.allows(RESERVED) {
+                break;
+            }
+            let middle = range.start + range.len() / 2;
+            // Everything masked but the first half of the range.
+            let masked = |from: usize, to: usize| {
+                let tokens = labelled[from]..labelled[to - 1] + 1;
+                (from < to).then_some(Intervention::NeutraliseTokens { row, tokens })
+            };
+            let mut changes = vec![Intervention::NeutraliseTokens { row, tokens: labelled[middle]..usize::MAX }];
+            if range.start > 0 {
+                changes.extend(masked(0, range.start));
+            }
+            let trace = self.lab.replay(&self.near, suspect.step, &changes)?;
+            self.budget.used += 1;
+            let record = trace.steps.iter().find(|r| r.step == suspect.step);
+            let micro = record.and_then(|r| r.micro_batches.get(suspect.micro_batch));
+            let Some(first) = micro.map(|m| m.mean_loss * m.label_tokens as f64).filter(|l| l.is_finite()) else {
+                break;
+            };
+            let second = inside - first;
+            let count = |range: std::ops::Range<usize>| range.len() as f64;
+            let high = |sum: f64, tokens: f64| sum / tokens > 2.0 * usual;
+            let (first_high, second_high) =
+                (high(first, count(range.start..middle)), high(second, count(middle..range.end)));
+            match (first_high, second_high) {
+                (true, false) => (range, inside) = (range.start..middle, first),
+                (false, true) => (range, inside) = (middle..range.end, second),
+                _ => break,
+            }
+        }
+        let tokens = labelled.get(range.start).zip(labelled.get(range.end.saturating_sub(1))).map(|(a, b)| *a..*b + 1);
+        Ok(Suspect { tokens, ..suspect })
+    }
+
     /// The spike's own window in the state before an earlier step: as high there?
     pub(super) fn always_high(&mut self) -> Result<bool> {
         let rises = matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence);
@@ -87,9 +143,15 @@ impl Bench<'_, '_> {
             reason,
         };
         let mut all: Vec<RowBlame> = Vec::new();
+        // A row that stands out in several windows is shown in that of the spike.
+        let mut suspects: Vec<&Suspect> = suspects.iter().collect();
+        suspects.sort_by_key(|s| s.step.abs_diff(self.found.step));
         for suspect in suspects {
             let reason = format!("its loss is {:.1} times that of the rows around it", suspect.excess.exp());
-            all.extend(suspect.rows.iter().map(|&row| blame(row, suspect.micro_batch, suspect.step, reason.clone())));
+            all.extend(suspect.rows.iter().map(|&row| RowBlame {
+                tokens: suspect.tokens.clone().map(|t| (t.start, t.end)),
+                ..blame(row, suspect.micro_batch, suspect.step, reason.clone())
+            }));
         }
         if self.out.evidence.window_without_labels
             && let Some(record) = self.out.baseline.iter().find(|r| r.step == self.found.step)
@@ -99,8 +161,19 @@ impl Bench<'_, '_> {
                 all.extend(micro.rows.iter().map(|&row| blame(row, index, record.step, reason())));
             }
         }
-        all.sort();
-        all.dedup_by(|a, b| a.dataset == b.dataset && a.row == b.row);
+        let all = each_once(all);
         self.out.evidence.rows = all;
     }
+}
+
+/// Of the blames of a row the first.
+pub(super) fn each_once(all: Vec<RowBlame>) -> Vec<RowBlame> {
+    let mut kept: Vec<RowBlame> = Vec::new();
+    for blame in all {
+        if !kept.iter().any(|k| k.dataset == blame.dataset && k.row == blame.row) {
+            kept.push(blame);
+        }
+    }
+    kept.sort();
+    kept
 }

@@ -13,6 +13,7 @@ mod keys;
 mod log;
 mod open;
 mod optimizer_file;
+pub mod patch;
 pub mod pickle;
 mod semantics;
 mod settings;

@@ -9,7 +9,6 @@
 pub mod folder;
 pub mod grid;
 pub mod outcome;
-pub mod patch;
 pub mod present;
 pub mod queue;
 pub mod replayed;

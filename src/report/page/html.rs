@@ -111,7 +111,9 @@ impl View<'_> {
     fn fact_line(&self) -> String {
         let mut facts = String::new();
         for (name, value) in &self.facts {
-            let _ = write!(facts, "<span>{} <b>{}</b></span>", escape(name), escape(value));
+            // A value stands out; a sentence of evidence does not have to.
+            let tag = if value.len() <= 40 { "b" } else { "i" };
+            let _ = write!(facts, "<span>{} <{tag}>{}</{tag}></span>", escape(name), escape(value));
         }
         if let Some(spike) = self.spike() {
             let _ = write!(facts, "<span>height <b>{}</b></span>", number(spike.height));

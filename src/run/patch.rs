@@ -24,8 +24,7 @@ pub fn patched(text: &str, changes: &BTreeMap<String, Value>) -> String {
         match key.and_then(|k| changes.get(k).map(|v| (k, v))) {
             Some((key, value)) => {
                 left.remove(key);
-                let comment = line.find(" #").map_or("", |at| &line[at..]);
-                out.push_str(&format!("{key}: {}{comment}\n", scalar(value)));
+                out.push_str(&format!("{key}: {}{}\n", scalar(value), remark(line)));
                 inside_replaced = true;
             }
             None => {
@@ -38,6 +37,17 @@ pub fn patched(text: &str, changes: &BTreeMap<String, Value>) -> String {
         out.push_str(&format!("{key}: {}\n", scalar(value)));
     }
     out
+}
+
+/// The comment of a line that is replaced; of one without, the value that stood there.
+fn remark(line: &str) -> String {
+    if let Some(at) = line.find(" #") {
+        return line[at..].to_owned();
+    }
+    match line.split_once(':').map(|(_, was)| was.trim()) {
+        Some(was) if !was.is_empty() => format!("  # was {was}"),
+        _ => String::new(),
+    }
 }
 
 /// JSON scalars are YAML scalars, but YAML 1.1 reads `1e-4` as a text: PyYAML wants `1.0e-04`.
@@ -77,6 +87,15 @@ mod tests {
             patched,
             "# my run\nlearning_rate: 2.0e-04 # too hot?\nlora_target: \"all\"\nbf16: true\nmax_grad_norm: 1.0\n"
         );
+    }
+
+    #[test]
+    fn a_value_without_a_comment_is_kept_as_one_and_the_file_stays_yaml() {
+        let patched =
+            patched("learning_rate: 8.0e-03\nseed: 19\n", &[("learning_rate".to_owned(), json!(6.4e-4))].into());
+        assert_eq!(patched, "learning_rate: 6.4e-04  # was 8.0e-03\nseed: 19\n");
+        let back: BTreeMap<String, f64> = serde_yaml_ng::from_str(&patched).expect("yaml");
+        assert_eq!(back["learning_rate"], 6.4e-4);
     }
 
     #[test]
