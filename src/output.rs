@@ -87,6 +87,11 @@ pub fn color() -> bool {
     std::io::stdout().is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
 }
 
+/// Whether standard output is a terminal that can be redrawn.
+pub fn terminal() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
+}
+
 /// Whether progress may be drawn on standard error.
 pub fn progress() -> bool {
     std::io::stderr().is_terminal()

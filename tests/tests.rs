@@ -1,6 +1,7 @@
 //! Table of contents of the integration tests; one file an area, names are sentences.
 
 mod batches; // vectors: orders, splits, ids, labels, windows
+mod bench; // precision bench: verdicts, PyTorch's gradient errors, planted overflow
 mod cli; // the program as a user types it: exit codes, messages, files
 mod cuda; // the driver's messages, GPU memory, kernel benchmarks (a GPU or the emulator)
 mod device; // every operation on the CPU and on CUDA (or its emulator), against f64 and PyTorch
@@ -12,4 +13,4 @@ mod replay; // recorded runs replayed to the numbers in their logs
 mod report; // pages and terminal text on made-up results
 mod run; // readers: good files, broken files, generated garbage
 mod step; // clip, optimizers, schedules, loss scale
-mod sweep; // grids, shards, merge; precision bench
+mod sweep; // grids, shards, merge

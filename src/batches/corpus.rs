@@ -184,7 +184,7 @@ impl Corpus {
 }
 
 /// LLaMA-Factory's version: known, or the side of 0.9.3 that the evidence points to.
-fn llamafactory_version(run: &Run) -> Version {
+pub(crate) fn llamafactory_version(run: &Run) -> Version {
     match &run.versions.llamafactory {
         Some((version, _)) => *version,
         None if run.semantics.splits_before_tokenizing => Version(0, 9, 5),

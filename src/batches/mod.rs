@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 pub use align::{Aligned, Conversation, align};
+pub(crate) use corpus::llamafactory_version;
 pub use encode::{Element, Encoding, Turn, infer_seqlen};
 pub use pack::{Packed, greedy_knapsack};
 pub use plan::Plan;

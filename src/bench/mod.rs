@@ -43,6 +43,8 @@ pub struct Bench {
     /// Learning rate of the update that lost updates were counted at.
     #[serde(with = "number")]
     pub learning_rate: f64,
+    /// Peak memory of this process, bytes, where the system tells.
+    pub peak_memory: Option<u64>,
     pub verdict: verdict::Verdict,
 }
 
@@ -92,6 +94,8 @@ pub struct ScaleLimit {
     /// Non-finite gradient elements at half and at twice the predicted scale.
     pub at_half: u64,
     pub at_twice: u64,
+    /// Predicted scale at which each site of the backward pass fails, lowest first.
+    pub sites: Vec<(String, f64)>,
 }
 
 /// Updates that rounding leaves without effect.
@@ -103,6 +107,8 @@ pub struct LostUpdates {
     pub by_learning_rate: Vec<(f64, f64)>,
     /// Learning rate below which more than half of them are lost.
     pub half_lost_below: Option<f64>,
+    /// The same for each LoRA matrix, in optimizer order.
+    pub by_matrix: Vec<(String, Option<f64>)>,
 }
 
 /// What to look at.
@@ -163,6 +169,7 @@ pub fn run(replayer: &Replayer, options: &Options, told: &dyn Fn(&str)) -> Resul
         loss_scale,
         lost_updates,
         learning_rate,
+        peak_memory: crate::inspect::preflight::peak_memory(),
         verdict,
     })
 }

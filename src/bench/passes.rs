@@ -1,6 +1,8 @@
 //! Single passes at states of the run: gradients in every precision against the reference, the loss scale that
 //! fails, and what Adam's update would do to weights of another dtype.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -147,6 +149,7 @@ pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLi
     let own = replayer.run().precision()?.plan;
     let half = engine(replayer, replayer.shared_device(), plan(own, "fp16_unscaled"))?;
     let mut lowest: Option<(f64, String, &TrainState)> = None;
+    let mut by_site: BTreeMap<String, f64> = BTreeMap::new();
     for state in states {
         let (values, output) = work(replayer, state)?.pass(&half, 1.0, Probes::PerSite)?;
         if nonfinite(&values) > 0 {
@@ -160,10 +163,16 @@ pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLi
                 confirmed: false,
                 at_half: 0,
                 at_twice: 0,
+                sites: Vec::new(),
             });
         }
-        let backward = output.measurements.iter().filter(|m| m.site.is_backward() && m.dtype == DType::F16);
-        if let Some(m) = backward.max_by(|a, b| a.statistics.max_abs.total_cmp(&b.statistics.max_abs)) {
+        let backward = || output.measurements.iter().filter(|m| m.site.is_backward() && m.dtype == DType::F16);
+        for m in backward().filter(|m| m.statistics.max_abs > 0.0) {
+            let fails = FP16_MAX / f64::from(m.statistics.max_abs);
+            let known = by_site.entry(m.site.to_string()).or_insert(fails);
+            *known = known.min(fails);
+        }
+        if let Some(m) = backward().max_by(|a, b| a.statistics.max_abs.total_cmp(&b.statistics.max_abs)) {
             let fails = FP16_MAX / f64::from(m.statistics.max_abs);
             if lowest.as_ref().is_none_or(|(l, _, _)| fails < *l) {
                 lowest = Some((fails, m.site.to_string(), state));
@@ -175,7 +184,9 @@ pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLi
     let at_half = nonfinite(&work.pass(&half, fails_at / 2.0, Probes::Off)?.0);
     let at_twice = nonfinite(&work.pass(&half, fails_at * 2.0, Probes::Off)?.0);
     let confirmed = at_half == 0 && at_twice > 0;
-    Ok(ScaleLimit { fails_at: Some(fails_at), site: Some(site), step: state.step, confirmed, at_half, at_twice })
+    let mut sites: Vec<(String, f64)> = by_site.into_iter().collect();
+    sites.sort_by(|a, b| a.1.total_cmp(&b.1));
+    Ok(ScaleLimit { fails_at: Some(fails_at), site: Some(site), step: state.step, confirmed, at_half, at_twice, sites })
 }
 
 /// Multiples of the run's learning rate at which lost updates are counted.
@@ -192,12 +203,16 @@ pub fn lost_updates(replayer: &Replayer, states: &[TrainState]) -> Result<(Vec<L
     let rate = segment.config.learning_rate;
     let Rule::AdamW { beta1, beta2, epsilon, .. } = segment.rules.optimizer.rule else { return Ok((vec![], rate)) };
     let device = scene.engine.device();
-    let (mut weights, mut directions) = (Vec::new(), Vec::new());
+    let (mut weights, mut directions, mut ends) = (Vec::new(), Vec::new(), Vec::new());
     for (matrix, moments) in state.adapter.matrices().zip(&state.moments) {
         weights.extend(device.download(matrix)?);
         let (m, v) = (device.download(&moments.exp_avg)?, device.download(&moments.exp_avg_sq)?);
         directions.extend(adam_direction(&m, &v, (beta1, beta2), epsilon, moments.updates));
+        ends.push(weights.len());
     }
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let parts: Vec<(String, Range<usize>)> =
+        matrix_names(state).into_iter().zip(starts.zip(&ends).map(|(start, &end)| start..end)).collect();
     let row = |(name, dtype): (&str, DType)| LostUpdates {
         dtype: name.into(),
         by_learning_rate: FACTORS
@@ -205,6 +220,12 @@ pub fn lost_updates(replayer: &Replayer, states: &[TrainState]) -> Result<(Vec<L
             .map(|f| (f * rate, Lost::count(&weights, &directions, f * rate, dtype).share()))
             .collect(),
         half_lost_below: half_lost_below(&weights, &directions, dtype),
+        by_matrix: parts
+            .iter()
+            .map(|(name, part)| {
+                (name.clone(), half_lost_below(&weights[part.clone()], &directions[part.clone()], dtype))
+            })
+            .collect(),
     };
     let dtypes = [("fp32", DType::F32), ("bf16", DType::BF16), ("fp16", DType::F16)];
     Ok((dtypes.into_iter().map(row).collect(), rate))

@@ -53,6 +53,13 @@ impl Bench {
                 "{}",
                 wrap(&format!("updates lost in {}: {}", row.dtype, shares.join(", ")), style.width, "  ")
             );
+            let first = row.by_matrix.iter().filter_map(|(name, rate)| Some((name, (*rate)?)));
+            if let Some((name, rate)) = first.max_by(|a, b| a.1.total_cmp(&b.1)).filter(|_| row.dtype != "fp32") {
+                let _ = writeln!(out, "  half are lost below {} in {}", number(rate), name);
+            }
+        }
+        if let Some(bytes) = self.peak_memory {
+            let _ = writeln!(out, "peak host memory: {:.0} MiB", bytes as f64 / f64::from(1 << 20));
         }
         out
     }
@@ -104,6 +111,11 @@ impl Bench {
             &self.maps(),
         );
         page.section("Gradient error by matrix", "Relative L2 error of each LoRA matrix's gradient.", &self.matrices());
+        page.section(
+            "Loss scale by site",
+            "Loss scale from which each site of the backward pass leaves fp16's range, the lowest first.",
+            &self.scales(),
+        );
         page.section(
             "Updates lost to rounding",
             "Share of the moving weights that an update leaves where they are.",
@@ -207,6 +219,15 @@ impl Bench {
         Table { header, rows: (0..count).map(row).collect() }.render()
     }
 
+    fn scales(&self) -> String {
+        if self.loss_scale.sites.is_empty() {
+            return String::new();
+        }
+        let row = |(site, scale): &(String, f64)| vec![Content::Code(site.clone()), Content::Number(number(*scale))];
+        let rows = self.loss_scale.sites.iter().take(12).map(row).collect();
+        Table { header: vec!["site", "fails from a loss scale of"], rows }.render()
+    }
+
     fn lost(&self) -> String {
         let row = |l: &super::LostUpdates| {
             let shares: Vec<String> =
@@ -215,9 +236,18 @@ impl Bench {
                 Content::Code(l.dtype.clone()),
                 Content::Text(shares.join(" · ")),
                 Content::Number(l.half_lost_below.map_or("–".into(), number)),
+                Content::Text(worst(l)),
             ]
         };
-        let header = vec!["adapter in", "share lost, by learning rate", "half lost below"];
+        let header = vec!["adapter in", "share lost, by learning rate", "half lost below", "first matrix to lose half"];
         Table { header, rows: self.lost_updates.iter().map(row).collect() }.render()
     }
+}
+
+/// The matrix that loses half of its updates at the highest learning rate.
+fn worst(lost: &super::LostUpdates) -> String {
+    let known = lost.by_matrix.iter().filter_map(|(name, rate)| Some((name, (*rate)?)));
+    known
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .map_or("–".into(), |(name, rate)| format!("{name} below {}", number(rate)))
 }

@@ -165,7 +165,8 @@ fn unseen(site: Site) -> Seen {
     Seen { report, elements: 0, small: 0 }
 }
 
-/// The states of the unchanged replay after each of `steps`, ascending. The gradient of such a step's own window is
+/// The states of the unchanged replay after each of `steps`, ascending; of the fp32 replay where the run scales its loss,
+/// because a run whose steps are skipped has no moments and goes nowhere. The gradient of such a step's own window is
 /// taken at the weights it led to: any weights of the run serve the comparison, and these have moments.
 ///
 /// # Errors
@@ -173,7 +174,9 @@ fn unseen(site: Site) -> Seen {
 pub fn states(replayer: &Replayer, from: &Start, steps: &[u64]) -> Result<Vec<TrainState>> {
     let mut keeper = Keeper { wanted: steps, states: vec![] };
     let last = steps.iter().max().copied().unwrap_or(1);
-    replayer.replay(from, last, &[], &mut keeper)?;
+    let own = replayer.run().precision()?.plan;
+    let wide = Intervention::Precision(plan(own, "fp32"));
+    replayer.replay(from, last, if own.loss_scaling { std::slice::from_ref(&wide) } else { &[] }, &mut keeper)?;
     Ok(keeper.states)
 }
 

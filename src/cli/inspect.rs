@@ -20,7 +20,7 @@ pub struct Args {
     /// Another run to compare with.
     #[arg(long, value_name = "RUN2")]
     pub baseline: Option<PathBuf>,
-    /// Replay the first window and hold every historic loss normalisation against the log.
+    /// Replay the first windows, hold every historic loss normalisation against the log, and leaked windows too.
     #[arg(long)]
     pub confirm: bool,
 }
@@ -33,16 +33,31 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     let open = |path: &Path| Run::open_for_inspection(path, &common.root, &common.versions);
     let run = open(&args.run)?;
     let mut findings = inspect::inspect(&run);
-    match Corpus::load(&run, &run.config) {
-        Ok(corpus) => findings.extend(inspect::data::findings(&run, &corpus.datasets, &corpus.train, &corpus.dropped)),
-        Err(e) => common.remark(&format!("the data rows were not inspected: {e}")),
+    let corpus = match Corpus::load(&run, &run.config) {
+        Ok(corpus) => Some(corpus),
+        Err(e) => {
+            common.remark(&format!("the data rows were not inspected: {e}"));
+            None
+        }
+    };
+    if let Some(corpus) = &corpus {
+        findings.extend(inspect::data::findings(&run, &corpus.datasets, &corpus.train, &corpus.dropped));
     }
     if args.confirm {
-        findings.extend(inspect::confirm::first_window(&common.open_replayer(&args.run, &[])?)?);
+        findings.extend(inspect::confirm::findings(&common.open_replayer(&args.run, &[])?)?);
     }
     inspect::sort(&mut findings);
     let comparison = match &args.baseline {
-        Some(path) => Some(compare::compare(&run, &open(path)?)),
+        Some(path) => {
+            let baseline = open(path)?;
+            let mut comparison = compare::compare(&run, &baseline);
+            // Rows that cannot be read on one side are told above; the files' hashes are compared all the same.
+            let other = Corpus::load(&baseline, &baseline.config).ok();
+            let rows = corpus.as_ref().zip(other.as_ref()).and_then(|(a, b)| compare::rows(a, b));
+            comparison.differences.extend(rows);
+            comparison.differences.sort_by_key(|d| d.rank);
+            Some(comparison)
+        }
         None => None,
     };
     common.print(&text::report(&run, &findings, comparison.as_ref(), common.verbose))?;

@@ -10,6 +10,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod noise;
+pub mod nvml;
 
 use std::sync::Arc;
 

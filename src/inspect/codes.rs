@@ -37,6 +37,7 @@ pub enum Code {
     EvidenceLost,
     KnownBadVersions,
     VersionsAssumed,
+    TemplateMismatch,
     // the data
     AnswersCut,
     MaskedRows,
@@ -63,7 +64,7 @@ pub enum Code {
 
 impl Code {
     /// Every code, in the order of the table.
-    pub const ALL: [Code; 48] = [
+    pub const ALL: [Code; 49] = [
         Code::MaskedNan,
         Code::AllMaskedWindow,
         Code::NanLogged,
@@ -93,6 +94,7 @@ impl Code {
         Code::EvidenceLost,
         Code::KnownBadVersions,
         Code::VersionsAssumed,
+        Code::TemplateMismatch,
         Code::AnswersCut,
         Code::MaskedRows,
         Code::DroppedRows,
@@ -152,6 +154,7 @@ impl Code {
             Code::EvidenceLost => ("evidence_lost", "checkpoints that a replay could start from are not kept"),
             Code::KnownBadVersions => ("known_bad_versions", "library versions with a known bookkeeping bug"),
             Code::VersionsAssumed => ("versions_assumed", "nothing tells the library versions"),
+            Code::TemplateMismatch => ("template_mismatch", "the chat template is not the tokenizer's"),
             Code::AnswersCut => ("answers_cut", "cutoff_len removes the end of answers"),
             Code::MaskedRows => ("masked_rows", "rows without any label"),
             Code::DroppedRows => ("dropped_rows", "rows that the trainer drops"),

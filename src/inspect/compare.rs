@@ -1,10 +1,12 @@
 //! `inspect RUN --baseline RUN2`: what differs between two runs, ranked by what can explain a different curve.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
+use super::hashes;
+use crate::batches::{Corpus, Example, RowId};
 use crate::run::{LogRow, Run, TrainConfig};
 
 /// One difference. Smaller ranks explain more.
@@ -66,8 +68,14 @@ pub fn compare(run: &Run, baseline: &Run) -> Comparison {
     add("versions", versions(run), versions(baseline), 1);
     let attempts = |r: &Run| r.attempts.iter().map(|a| format!("{:?}", a.resumed_from)).collect::<Vec<_>>().join(", ");
     add("attempts (resumed from)", attempts(run), attempts(baseline), 1);
-    add("dataset files", data_hash(run), data_hash(baseline), 1);
-    add("base model", model_hash(run), model_hash(baseline), 1);
+    add("dataset files", hashes::data(run), hashes::data(baseline), 1);
+    add("base model config.json", hashes::base_config(run), hashes::base_config(baseline), 1);
+    add("base weights", hashes::base_weights(run), hashes::base_weights(baseline), 1);
+    add("adapter at the start", hashes::first_adapter(run), hashes::first_adapter(baseline), 1);
+    if let Some((step, a, b)) = hashes::first_other_adapter(run, baseline) {
+        // A consequence of what differs above, or of what no file shows: it explains least.
+        add(&format!("adapter at checkpoint-{step}"), a, b, 5);
+    }
     differences.sort_by_key(|d| d.rank);
     let (parts_at, common_steps) = part(&run.log.rows, &baseline.log.rows);
     Comparison { differences, parts_at, common_steps }
@@ -75,7 +83,7 @@ pub fn compare(run: &Run, baseline: &Run) -> Comparison {
 
 /// First common step whose losses differ by more than 1e-4 (the rounding of a 4.x log), and how many are common.
 fn part(a: &[LogRow], b: &[LogRow]) -> (Option<u64>, usize) {
-    let other: std::collections::HashMap<u64, f64> = b.iter().filter_map(|r| Some((r.step, r.loss?))).collect();
+    let other: HashMap<u64, f64> = b.iter().filter_map(|r| Some((r.step, r.loss?))).collect();
     let pairs: Vec<(u64, f64, f64)> = a.iter().filter_map(|r| Some((r.step, r.loss?, *other.get(&r.step)?))).collect();
     // NaN against a number differs; NaN against NaN does not.
     let differ = |&&(_, x, y): &&(u64, f64, f64)| {
@@ -84,31 +92,31 @@ fn part(a: &[LogRow], b: &[LogRow]) -> (Option<u64>, usize) {
     (pairs.iter().find(differ).map(|p| p.0), pairs.len())
 }
 
-fn data_hash(run: &Run) -> String {
-    let dir = run.path(&run.config.dataset_dir);
-    let info =
-        std::fs::read_to_string(dir.join("dataset_info.json")).ok().and_then(|t| crate::run::json::parse(&t).ok());
-    let file = |name: &String| {
-        let file = info.as_ref()?.get(name)?.get("file_name")?.as_str()?.to_owned();
-        Some(format!("{name} {}", short_hash(&dir.join(file))))
+/// Rows whose tokens or labels differ, for two runs over the same data sets: `None` where all are the same.
+pub fn rows(run: &Corpus, baseline: &Corpus) -> Option<Difference> {
+    let other: HashMap<RowId, &Example> = baseline.train.iter().map(|e| (e.row, e)).collect();
+    let name = |row: RowId| {
+        let set = run.datasets.get(usize::from(row.dataset)).map_or("?", |d| d.name.as_str());
+        format!("{set}:{}", row.row)
     };
-    let parts: Vec<String> =
-        run.config.dataset.iter().map(|name| file(name).unwrap_or_else(|| format!("{name} ?"))).collect();
-    parts.join(", ")
-}
-
-/// Hash of config.json and of the first weights file's size: a base of gigabytes is not read for this.
-fn model_hash(run: &Run) -> String {
-    let dir = run.path(&run.config.model_name_or_path);
-    let size = std::fs::metadata(dir.join("model.safetensors")).map_or(0, |m| m.len());
-    format!("config {} weights {size} bytes", short_hash(&dir.join("config.json")))
-}
-
-fn short_hash(path: &Path) -> String {
-    std::fs::read(path).map_or_else(
-        |_| "(missing)".into(),
-        |bytes| Sha256::digest(bytes).iter().take(6).map(|b| format!("{b:02x}")).collect(),
-    )
+    let differ =
+        |e: &&Example| other.get(&e.row).is_none_or(|o| (&e.input_ids, &e.labels) != (&o.input_ids, &o.labels));
+    let mut changed: Vec<RowId> = run.train.iter().filter(differ).map(|e| e.row).collect();
+    changed.sort_unstable();
+    let missing = baseline.train.len() as i64 - (run.train.len() as i64);
+    if changed.is_empty() && missing == 0 {
+        return None;
+    }
+    let mut shown: Vec<String> = changed.iter().take(5).map(|&row| name(row)).collect();
+    if changed.len() > shown.len() {
+        shown.push("…".into());
+    }
+    Some(Difference {
+        what: "training rows (tokens, labels)".into(),
+        run: format!("{} of {} differ: {}", changed.len(), run.train.len(), shown.join(", ")),
+        baseline: format!("{} rows", baseline.train.len()),
+        rank: 1,
+    })
 }
 
 /// Every key that decides numbers, as in force: name, value.

@@ -12,10 +12,12 @@ pub mod data;
 pub mod eval;
 pub mod evaluate;
 pub mod fingerprint;
+mod hashes;
 pub mod lint;
 pub mod log;
 pub mod preflight;
 pub mod resume;
+pub mod template;
 pub mod text;
 
 use serde::Serialize;
@@ -59,6 +61,7 @@ pub fn inspect(run: &Run) -> Vec<Finding> {
     findings.extend(bookkeeping::findings(run));
     findings.extend(resume::findings(run));
     findings.extend(lint::findings(run));
+    findings.extend(template::findings(run));
     findings.extend(eval::findings(run));
     sort(&mut findings);
     findings

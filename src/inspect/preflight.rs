@@ -128,8 +128,8 @@ fn weight_bytes(folder: &std::path::Path) -> u64 {
     weights.filter_map(|path| std::fs::metadata(path).ok()).map(|m| m.len()).sum()
 }
 
-/// VmHWM of /proc/self/status.
-fn peak_memory() -> Option<u64> {
+/// Peak host memory of this process in bytes: VmHWM of /proc/self/status, where there is one.
+pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kibibytes| kibibytes * 1024)

@@ -34,3 +34,4 @@ pub use projection::*;
 pub use ragged::{Ragged, Row};
 pub use rope::*;
 pub use weights::BaseModel;
+pub(crate) use weights::files as weight_files;

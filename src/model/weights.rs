@@ -121,7 +121,7 @@ fn expected(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 }
 
 /// The safetensors files of a folder.
-pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.exists() {
         return Ok(vec![follow_link(single)?]);

@@ -18,8 +18,8 @@ pub struct Keeper {
     sizes: HashMap<u64, u64>,
     /// Copies made here, oldest first.
     kept: Vec<u64>,
-    /// What the folder held before: never copied again, never deleted.
-    older: Vec<u64>,
+    /// Never to be copied (again): what the folder held before, and every copy made, deleted ones too.
+    done: Vec<u64>,
     /// Checkpoints that are still to be added since the spike; `None`: nothing happened.
     wanted: Option<usize>,
 }
@@ -37,14 +37,19 @@ impl Keeper {
                 .at("--keep-evidence")
                 .next("give another folder: the trainer deletes in its own"));
         }
-        let older = Checkpoint::list(to)?.iter().map(|c| c.step).collect();
+        let done = Checkpoint::list(to)?.iter().map(|c| c.step).collect();
         let (from, to) = (from.to_owned(), to.to_owned());
-        Ok(Self { from, to, sizes: HashMap::new(), kept: Vec::new(), older, wanted: None })
+        Ok(Self { from, to, sizes: HashMap::new(), kept: Vec::new(), done, wanted: None })
     }
 
     /// A spike happened: nothing that was kept is deleted any more, and the next checkpoints join it.
     pub fn freeze(&mut self) {
         self.wanted.get_or_insert(NEWEST);
+    }
+
+    /// A checkpoint was seen for the first time, or still grew: looking again soon is worth it.
+    pub fn waits(&self) -> bool {
+        self.wanted != Some(0) && !self.sizes.keys().all(|step| self.done.contains(step))
     }
 
     /// Copies checkpoints that are complete (their size stood still since the last call). Returns the names copied.
@@ -53,11 +58,14 @@ impl Keeper {
     /// The copy cannot be written. A checkpoint that the trainer deletes meanwhile is no error.
     pub fn look(&mut self) -> Result<Vec<String>> {
         let mut copied = Vec::new();
-        for checkpoint in Checkpoint::list(&self.from).unwrap_or_default() {
+        let there = Checkpoint::list(&self.from).unwrap_or_default();
+        self.sizes.retain(|step, _| there.iter().any(|c| c.step == *step));
+        // Older ones would be deleted again at once.
+        let from = there.len().saturating_sub(NEWEST);
+        for checkpoint in &there[from..] {
             let step = checkpoint.step;
             // trainer_state.json is what the trainer writes last.
-            let known = self.kept.contains(&step) || self.older.contains(&step);
-            if known || !checkpoint.dir.join("trainer_state.json").is_file() {
+            if self.done.contains(&step) || !checkpoint.dir.join("trainer_state.json").is_file() {
                 continue;
             }
             let Some(size) = size(&checkpoint.dir) else { continue };
@@ -67,6 +75,7 @@ impl Keeper {
             let name = format!("checkpoint-{step}");
             if self.copy(&checkpoint.dir, &name)? {
                 self.kept.push(step);
+                self.done.push(step);
                 self.wanted = self.wanted.map(|n| n - 1);
                 copied.push(name);
             }

@@ -2,19 +2,23 @@
 //!
 //! Reads the trainer's files and never writes to its folder. What counts as a spike is `diagnosis::detect`'s.
 
+mod gpu;
 mod keeper;
+pub mod screen;
 mod tail;
 
 use std::collections::HashSet;
 
 use serde::Serialize;
 
+pub use gpu::{Gpus, changes};
 pub use keeper::Keeper;
 pub use tail::Tail;
 
-use crate::diagnosis::detect::{Context, spikes};
+use crate::diagnosis::SpikeKind;
+use crate::diagnosis::detect::{Context, Found, spikes};
 use crate::run::LogRow;
-use crate::run::state_file::{FileRow, TrainerLog};
+use crate::run::state_file::{FileRow, TrainerLog, TrainerState};
 
 /// Rows of the recent past that detection looks at: bounds the work of one new line.
 const RECENT: usize = 512;
@@ -31,6 +35,8 @@ pub enum Event {
     Unreadable { line: String },
     /// A checkpoint was copied.
     Kept { checkpoint: String },
+    /// A GPU reported a fault, or is held down by heat or power.
+    Gpu { gpu: u32, what: String },
 }
 
 /// The state of one watched log.
@@ -39,6 +45,10 @@ pub struct Watch {
     rows: Vec<LogRow>,
     told: HashSet<u64>,
     attempt: usize,
+    /// A checkpoint holds a scaler.pt: fp16 with loss scaling.
+    loss_scaling: bool,
+    /// Latest checkpoint whose gradient norms were taken over.
+    normed: u64,
 }
 
 impl Watch {
@@ -59,6 +69,27 @@ impl Watch {
         events
     }
 
+    /// Takes the gradient norms over from a checkpoint's trainer_state.json: trainer_log.jsonl has none.
+    /// `loss_scaling`: the checkpoint holds a scaler.pt.
+    pub fn norms(&mut self, state: &TrainerState, loss_scaling: bool) -> Vec<Event> {
+        self.loss_scaling |= loss_scaling;
+        self.normed = state.global_step;
+        for row in &mut self.rows {
+            // log_history ascends.
+            if let Ok(at) = state.rows.binary_search_by_key(&row.step, |known| known.step) {
+                row.grad_norm = row.grad_norm.or(state.rows[at].grad_norm);
+            }
+        }
+        let found = spikes(self.recent(), &self.context());
+        let of_norms = |f: &Found| matches!(f.kind, SpikeKind::GradientExplosion | SpikeKind::SkippedStep);
+        self.tell(found.into_iter().filter(of_norms).collect())
+    }
+
+    /// Step of the latest checkpoint given to [`Watch::norms`].
+    pub fn normed(&self) -> u64 {
+        self.normed
+    }
+
     /// The log starts over.
     pub fn restart(&mut self) -> Event {
         self.rows.clear();
@@ -66,9 +97,9 @@ impl Watch {
         Event::Restarted
     }
 
-    /// Losses so far, for a curve.
-    pub fn losses(&self) -> impl Iterator<Item = (u64, f64)> {
-        self.rows.iter().filter_map(|r| Some((r.step, r.loss?)))
+    /// Rows so far, ascending by step.
+    pub fn rows(&self) -> &[LogRow] {
+        &self.rows
     }
 
     fn push(&mut self, row: &FileRow) {
@@ -92,14 +123,29 @@ impl Watch {
         });
     }
 
+    fn recent(&self) -> &[LogRow] {
+        &self.rows[self.rows.len().saturating_sub(RECENT)..]
+    }
+
+    fn context(&self) -> Context {
+        // transformers 4.x rounds to four decimals, 5.x does not (contract 5.3): twelve digits show which it is.
+        let rounded = |loss: f64| (loss * 1e4 - (loss * 1e4).round()).abs() < 1e-6;
+        let rounds_loss = self.recent().iter().filter_map(|r| r.loss).all(rounded);
+        Context { loss_scaling: self.loss_scaling, rounds_loss, ..Context::default() }
+    }
+
     fn new_spikes(&mut self) -> Vec<Event> {
-        let recent = &self.rows[self.rows.len().saturating_sub(RECENT)..];
-        let Some(last) = recent.last().map(|r| r.step) else { return Vec::new() };
+        let Some(last) = self.rows.last().map(|r| r.step) else { return Vec::new() };
         // Only an episode that reaches the newest row is news; where its onset moves, it is still the same one.
-        let found = spikes(recent, &Context::default());
-        let fresh = found.into_iter().filter(|f| f.until >= last || f.step == last);
+        let mut found = spikes(self.recent(), &self.context());
+        found.retain(|f| f.until >= last || f.step == last);
+        self.tell(found)
+    }
+
+    /// Those of the spikes that were not told yet.
+    fn tell(&mut self, found: Vec<Found>) -> Vec<Event> {
         let mut events = Vec::new();
-        for spike in fresh {
+        for spike in found {
             let known = self.told.iter().any(|&told| told >= spike.step && told <= spike.until);
             if !known && self.told.insert(spike.step) {
                 let kind = serde_json::to_value(spike.kind).ok().and_then(|v| v.as_str().map(str::to_owned));

@@ -95,3 +95,94 @@ fn a_refused_run_and_an_output_folder_without_yaml_can_be_inspected() {
     assert_eq!((run.config.learning_rate, run.config.lora_rank, run.log.rows.len()), (0.008, 4, 2));
     assert!(Run::open(&output, folder.0.path(), &[], &[]).is_err(), "a replay needs the data");
 }
+
+/// The keys of LLaMA-Factory's example configurations (examples/train_lora, train_qlora, train_full, extras), with a
+/// model that is a name on the hub: nothing there is wrong, and what is not replayed is said, not accused.
+#[test]
+fn example_configurations_are_not_accused() {
+    let sft = "trust_remote_code: true\nlora_rank: 8\ndataset: identity,alpaca_en_demo\ntemplate: llama3\ncutoff_len: 2048\n\
+               max_samples: 1000\noverwrite_cache: true\npreprocessing_num_workers: 16\nlogging_steps: 10\nsave_steps: 500\n\
+               plot_loss: true\noverwrite_output_dir: true\nper_device_train_batch_size: 1\nnum_train_epochs: 3.0\n\
+               lr_scheduler_type: cosine\nwarmup_ratio: 0.1\nddp_timeout: 180000000\nreport_to: none\n\
+               gradient_accumulation_steps: 8\n";
+    let eval = "val_size: 0.1\nper_device_eval_batch_size: 1\neval_strategy: steps\neval_steps: 500\n";
+    let lora =
+        "stage: sft\ndo_train: true\nfinetuning_type: lora\nlora_target: all\nlearning_rate: 1.0e-4\nbf16: true\n";
+    let full = "stage: sft\ndo_train: true\nfinetuning_type: full\nlearning_rate: 1.0e-5\n";
+    let of_stage = |stage: &str| lora.replace("stage: sft", &format!("stage: {stage}"));
+    let cases = [
+        ("lora", format!("{lora}{sft}"), ""),
+        ("lora, evaluated", format!("{lora}{sft}{eval}"), ""),
+        ("ds3", format!("{lora}{sft}{eval}deepspeed: examples/deepspeed/ds_z3_config.json\n"), ""),
+        ("lora+", format!("{lora}{sft}{eval}loraplus_lr_ratio: 16.0\n"), ""),
+        ("ray", format!("{lora}{sft}ray_num_workers: 4\nray_run_name: r\nresources_per_worker:\n  GPU: 1\n"), ""),
+        (
+            "qlora",
+            format!("{lora}{sft}{eval}quantization_bit: 4\nquantization_method: bitsandbytes\n"),
+            "quantization_bit",
+        ),
+        ("fsdp qlora", format!("{lora}{sft}quantization_bit: 4\n").replace("bf16", "fp16"), "quantization_bit"),
+        ("pissa", format!("{lora}{sft}pissa_init: true\npissa_iter: 16\npissa_convert: true\n"), "pissa_init"),
+        ("dpo", format!("{}{sft}pref_beta: 0.1\npref_loss: sigmoid\n", of_stage("dpo")), "stage"),
+        ("kto", format!("{}{sft}pref_beta: 0.1\n", of_stage("kto")), "stage"),
+        ("reward", format!("{}{sft}", of_stage("rm")), "stage"),
+        ("pretrain", format!("{}{sft}", of_stage("pt")), "stage"),
+        (
+            "full",
+            format!("{full}bf16: true\n{sft}deepspeed: examples/deepspeed/ds_z3_config.json\n"),
+            "finetuning_type",
+        ),
+        (
+            "galore",
+            format!(
+                "{full}pure_bf16: true\n{sft}use_galore: true\ngalore_target: mlp,self_attn\nval_size: 0.1\nevaluation_strategy: steps\n"
+            ),
+            "finetuning_type",
+        ),
+        (
+            "vision",
+            format!("{lora}{}image_max_pixels: 262144\nvideo_max_pixels: 16384\n", sft.replace("llama3", "qwen2_vl")),
+            "",
+        ),
+        (
+            "predict",
+            "stage: sft\ndo_predict: true\nfinetuning_type: lora\neval_dataset: identity\ntemplate: llama3\n\
+             predict_with_generate: true\nadapter_name_or_path: saves/lora\n"
+                .to_owned(),
+            "",
+        ),
+    ];
+    for (name, keys, refused) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let yaml = format!("model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct\n{keys}output_dir: saves/out\n");
+        std::fs::write(folder.path().join("example.yaml"), yaml).unwrap();
+        let run = Run::open_for_inspection(&folder.path().join("example.yaml"), folder.path(), &[]).unwrap();
+        let grave: Vec<_> = inspect(&run).into_iter().filter(|f| f.severity > Severity::Note).collect();
+        // Accumulation, no checkpoint before the end: notes. Half precision weights are a warning that pure_bf16 earns.
+        assert!(grave.iter().all(|f| f.code == Code::HalfAdapter && name == "galore"), "{name}: {grave:#?}");
+        let said = run.remarks.iter().any(|r| r.contains("would refuse") && r.contains(refused));
+        assert_eq!(said, !refused.is_empty(), "{name}: {:?}", run.remarks);
+    }
+}
+
+#[test]
+fn a_template_is_held_against_the_tokenizer_it_writes_for() {
+    use spikeprobe::batches::template;
+    use spikeprobe::inspect::template::judge;
+    use spikeprobe::run::Version;
+    let of = |name: &str| template(name, Version(0, 9, 5)).unwrap();
+    let chatml = r#"{"added_tokens": [{"content": "<|im_start|>"}, {"content": "<|im_end|>"}]}"#;
+    let llama = r#"{"added_tokens": [{"content": "<|start_header_id|>"}, {"content": "<|end_header_id|>"}, {"content": "<|eot_id|>"}, {"content": "<|eom_id|>"}]}"#;
+    assert_eq!(judge(&of("chatml"), chatml, None, "t"), []);
+    assert_eq!(judge(&of("llama3"), llama, Some("{{ '<|start_header_id|>' }}"), "t"), []);
+    // Text templates claim no marker.
+    for name in ["default", "alpaca", "vicuna", "zephyr", "llama2", "mistral"] {
+        assert_eq!(judge(&of(name), "{}", Some("anything"), "t"), [], "{name}");
+    }
+    let found = judge(&of("qwen"), llama, None, "train.yaml:5");
+    assert!(found.iter().all(|f| f.code == Code::TemplateMismatch && f.severity == Severity::Warning), "{found:?}");
+    assert!(found[0].message.contains("<|im_end|>") && found[1].message.contains("<|im_start|>"), "{found:?}");
+    let both = format!("{chatml}{llama}");
+    let own = judge(&of("chatml"), &both, Some("{{ '<|start_header_id|>' }}"), "t");
+    assert!(own.len() == 1 && own[0].message.contains("shares no marker"), "{own:?}");
+}
