@@ -168,6 +168,17 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+/// A low-rank product x [n, r] · w that is added to a frozen linear's result: x · w [out, r]ᵀ forward, x · w [r, in]
+/// backward.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank<'a> {
+    pub x: &'a Tensor,
+    pub w: &'a Tensor,
+    pub compute: Compute,
+    /// What the product is rounded to.
+    pub dtype: DType,
+}
+
 /// The operations of a replay. n: tokens of all rows of the pass, concatenated without padding.
 pub trait Device: Send + Sync {
     /// `cpu` or `cuda:N`, for people.
@@ -203,6 +214,53 @@ pub trait Device: Send + Sync {
         compute: Compute,
         out: DType,
     ) -> Result<Tensor>;
+
+    /// y = [`Device::linear`], then y + scaling · branch, rounded to `out`; the branch's product and its scaling each
+    /// round to its dtype (PEFT's lora.Linear.forward).
+    #[allow(clippy::too_many_arguments)]
+    fn linear_adapted(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        compute: Compute,
+        out: DType,
+        branch: &LowRank<'_>,
+        scaling: f32,
+    ) -> Result<Tensor> {
+        let y = self.linear(x, w, bias, compute, out)?;
+        let v = self.linear(branch.x, branch.w, None, branch.compute, branch.dtype)?;
+        let v = self.scale(&v, scaling, branch.dtype)?;
+        let sum = self.add(&y, &v, if out == branch.dtype { out } else { DType::F32 })?;
+        if sum.dtype == out { Ok(sum) } else { self.cast(&sum, out) }
+    }
+    /// The gradient of an input that several products share, in `dtype`: `so_far`, then the branch's product, then
+    /// [`Device::linear_input_grad`] rounded to `out`, each cast to `dtype` and rounded again as it is added
+    /// (autograd accumulates one after another).
+    #[allow(clippy::too_many_arguments)]
+    fn linear_input_grad_onto(
+        &self,
+        so_far: Option<Tensor>,
+        branch: Option<&LowRank<'_>>,
+        dy: &Tensor,
+        w: &Tensor,
+        compute: Compute,
+        out: DType,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let onto = |sum: Option<Tensor>, d: Tensor| {
+            let d = if d.dtype == dtype { d } else { self.cast(&d, dtype)? };
+            match sum {
+                None => Ok(d),
+                Some(sum) => self.add(&sum, &d, dtype),
+            }
+        };
+        let mut sum = so_far;
+        if let Some(branch) = branch {
+            sum = Some(onto(sum, self.linear_input_grad(branch.x, branch.w, branch.compute, branch.dtype)?)?);
+        }
+        onto(sum, self.linear_input_grad(dy, w, compute, out)?)
+    }
 
     // ---- elementwise; every result rounded once to `out`
     /// a + b.
@@ -269,10 +327,24 @@ pub trait Device: Send + Sync {
     /// Cross-entropy of logits [m, vocab] (widened to f32) against labels: per-row loss [m] as f32 values, and
     /// d_logits = (softmax − one-hot) · seed[row], in logits' dtype.
     fn cross_entropy(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)>;
+    /// The same with logits that are not needed any more, whose memory the gradient may take.
+    fn cross_entropy_owned(&self, logits: Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        self.cross_entropy(&logits, labels, seed)
+    }
 
     // ---- optimizer (masters and state in their own dtype)
     /// acc += g, rounded to acc's dtype.
     fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()>;
+    /// acc += each of units [units, …] in turn, rounded to acc's dtype after each.
+    fn accumulate_units(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
+        let count = units.shape.first().copied().unwrap_or(0);
+        let flat = Tensor { shape: vec![count, acc.elements()], ..units.clone() };
+        for unit in 0..count {
+            let one = self.gather_rows(&flat, &[unit as u32])?;
+            self.accumulate(acc, &Tensor { shape: acc.shape.clone(), ..one })?;
+        }
+        Ok(())
+    }
     /// x *= s in place.
     fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()>;
     /// One AdamW update (contract 6.2), in place.

@@ -132,12 +132,7 @@ impl Gradients {
         let (count, rows) = (units.shape[0], units.shape[1]);
         let offsets: Vec<usize> = (0..=count).map(|u| u * rows).collect();
         let norms = device.queue_norms(&units, &offsets as Offsets<'_>)?;
-        let sum = &mut self.tensors[index];
-        let flat = Tensor { shape: vec![count, sum.elements()], ..units };
-        for unit in 0..count {
-            let one = device.gather_rows(&flat, &[unit as u32])?;
-            device.accumulate(sum, &Tensor { shape: sum.shape.clone(), ..one })?;
-        }
+        device.accumulate_units(&mut self.tensors[index], &units)?;
         Ok(norms)
     }
 }

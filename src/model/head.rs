@@ -7,8 +7,9 @@ use crate::Result;
 use crate::device::Tensor;
 use crate::probe::{Part, Role, Site};
 
-/// Elements of logits held at once: 32 MiB in f32, whatever the vocabulary.
-const TILE: usize = 8 << 20;
+/// Elements of logits held at once: 48 MiB in f32, whatever the vocabulary. The weight of lm_head is read once per
+/// tile, so a tile should have some hundred rows of a usual vocabulary.
+const TILE: usize = 12 << 20;
 
 /// h [n, hidden] → (loss per labelled token, gradient of h if there are seeds). Rows without a label contribute no
 /// loss, and their gradient is zero.
@@ -57,8 +58,7 @@ fn run_tile<'t>(
     let normed = cx.cast(&normed, plan.linear())?;
     let logits = device.linear(&normed, head, None, plan.compute(), plan.linear())?;
     measure(Part::Logits, Role::Output, &logits)?;
-    let (losses, d_logits) = device.cross_entropy(&logits, targets, seeds)?;
-    drop(logits);
+    let (losses, d_logits) = device.cross_entropy_owned(logits, targets, seeds)?;
     let grad = move || {
         measure(Part::Logits, Role::OutputGrad, &d_logits)?;
         let d = device.linear_input_grad(&d_logits, head, plan.compute(), plan.linear())?;

@@ -3,13 +3,13 @@
 //! PEFT's lora.Linear.forward: `result = base(x) + B(A(dropout(x.to(adapter)))) * scaling`, cast back to the base
 //! output's dtype. Each operation rounds where PyTorch's does; see [`super::PrecisionPlan`].
 
+use super::Projection;
 use super::adapter::LoraModule;
 use super::block::Sink;
 use super::context::Context;
 use super::held::Linear;
-use super::{Projection, promote};
 use crate::Result;
-use crate::device::{DType, Tensor};
+use crate::device::{DType, LowRank, Tensor};
 use crate::probe::{Part, Role, Site};
 
 /// An input of linears, rounded once for all of them.
@@ -59,17 +59,16 @@ pub(super) fn forward(
         Some(bias) if plan.linear().is_half() => Some(cx.cast(bias, plan.linear())?),
         bias => bias.clone(),
     };
-    let y = device.linear(&x.linear, w, bias.as_ref(), plan.compute(), plan.linear())?;
     let Some((index, lora)) = cx.adapter.at(layer, projection) else {
+        let y = device.linear(&x.linear, w, bias.as_ref(), plan.compute(), plan.linear())?;
         return Ok((cx.observe(site(Role::Output), y)?, None));
     };
     let (branch, compute) = (plan.branch(), plan.branch_compute());
     let u = device.linear(&x.dropped(cx, index)?, &lora.a, None, compute, branch)?;
     let u = cx.observe(site(Role::LoraHidden), u)?;
-    let v = device.linear(&u, &lora.b, None, compute, branch)?;
-    let v = device.scale(&v, cx.adapter.scaling, branch)?;
-    let y = device.add(&y, &v, promote(y.dtype, branch))?;
-    let y = cx.cast(&y, plan.linear())?;
+    let term = LowRank { x: &u, w: &lora.b, compute, dtype: branch };
+    let scaling = cx.adapter.scaling;
+    let y = device.linear_adapted(&x.linear, w, bias.as_ref(), plan.compute(), plan.linear(), &term, scaling)?;
     Ok((cx.observe(site(Role::Output), y)?, Some(u)))
 }
 
@@ -113,27 +112,39 @@ pub(super) fn backward(
     sink: &mut Sink<'_>,
 ) -> Result<()> {
     let dy = cx.observe(Site::block(layer, Part::Projection(projection), Role::OutputGrad), dy)?;
-    if let (Some(adapted), Some(u)) = (cx.adapter.at(layer, projection), u) {
-        branch_backward(cx, adapted, &dy, x, &u, dx, sink)?;
+    let adapted = cx.adapter.at(layer, projection);
+    let du = match (adapted, u) {
+        (Some(adapted), Some(u)) => Some(branch_backward(cx, adapted, &dy, x, &u, sink)?),
+        _ => None,
+    };
+    if !dx.wanted {
+        return Ok(());
     }
-    if dx.wanted {
-        let w = &cx.held.layers[layer].linears[projection as usize].w;
-        let d = cx.device.linear_input_grad(&dy, w, cx.plan.compute(), cx.plan.linear())?;
-        dx.add(cx, &d, x.raw.dtype)?;
+    let (branch, compute, dtype) = (cx.plan.branch(), cx.plan.branch_compute(), x.raw.dtype);
+    let mut term =
+        du.as_ref().zip(adapted).map(|(du, (_, lora))| LowRank { x: du, w: &lora.a, compute, dtype: branch });
+    if let (Some(LowRank { x: du, w: a, .. }), Some((index, _)), true) = (term, adapted, cx.options.dropout.is_some()) {
+        // The mask lies between the branch's product and the sum.
+        let d = cx.device.linear_input_grad(du, a, compute, branch)?;
+        let d = cx.dropout(&cx.cast(&d, cx.adapter.dtype)?, index)?;
+        dx.add(cx, &d, dtype)?;
+        term = None;
     }
+    let w = &cx.held.layers[layer].linears[projection as usize].w;
+    let (compute, out) = (cx.plan.compute(), cx.plan.linear());
+    dx.sum = Some(cx.device.linear_input_grad_onto(dx.sum.take(), term.as_ref(), &dy, w, compute, out, dtype)?);
     Ok(())
 }
 
-/// Gradients of A and B per micro-batch, and of the branch's input.
+/// Adds the gradients of A and B per micro-batch to `sink`; returns the gradient of A x.
 fn branch_backward(
     cx: &Context<'_>,
     (index, lora): (usize, &LoraModule),
     dy: &Tensor,
     x: &Operand,
     u: &Tensor,
-    dx: &mut InputGrad,
     sink: &mut Sink<'_>,
-) -> Result<()> {
+) -> Result<Tensor> {
     let device = cx.device;
     let (branch, compute) = (cx.plan.branch(), cx.plan.branch_compute());
     let dv = device.scale(dy, cx.adapter.scaling, branch)?;
@@ -143,12 +154,5 @@ fn branch_backward(
     let da = device.linear_weight_grad(&du, &dropped, &cx.unit_tokens, compute, branch)?;
     sink.add(cx, lora, 2 * index, Role::LoraAGrad, da)?;
     sink.add(cx, lora, 2 * index + 1, Role::LoraBGrad, db)?;
-    if !dx.wanted {
-        return Ok(());
-    }
-    let mut d = device.linear_input_grad(&du, &lora.a, compute, branch)?;
-    if cx.options.dropout.is_some() {
-        d = cx.dropout(&cx.cast(&d, cx.adapter.dtype)?, index)?;
-    }
-    dx.add(cx, &d, x.raw.dtype)
+    Ok(du)
 }

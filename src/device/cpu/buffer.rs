@@ -1,14 +1,14 @@
 //! Memory of CPU tensors, recycled: a step allocates thousands of megabyte-sized buffers, and handing each back to
 //! the system costs more (fresh pages, zeroed twice) than most operations on it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Smaller buffers are left to the allocator, which keeps them anyway.
 const RECYCLED: usize = 1 << 14;
-/// Most elements kept while unused (256 MB).
-const KEPT: usize = 1 << 26;
+/// Most elements kept while unused (512 MB): one chunk's activations come and go as a whole.
+const KEPT: usize = 1 << 27;
 
 /// A slice of f32 on the heap that goes back to the pool when dropped.
 #[derive(Debug)]
@@ -16,15 +16,15 @@ pub struct Buffer(Vec<f32>);
 
 #[derive(Default)]
 struct Pool {
-    /// Unused vectors by capacity class.
-    unused: HashMap<usize, Vec<Vec<f32>>>,
+    /// Unused vectors by capacity.
+    unused: BTreeMap<usize, Vec<Vec<f32>>>,
     elements: usize,
 }
 
-static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+static POOL: Mutex<Pool> = Mutex::new(Pool { unused: BTreeMap::new(), elements: 0 });
 
 /// A poisoned pool is as good as any: it holds plain vectors.
-fn pool() -> MutexGuard<'static, Option<Pool>> {
+fn pool() -> MutexGuard<'static, Pool> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -34,19 +34,37 @@ fn class(n: usize) -> usize {
     n.next_multiple_of((1 << n.ilog2()) / 8)
 }
 
+impl Pool {
+    /// The smallest unused vector of at least n elements that does not waste more than a quarter.
+    fn take(&mut self, n: usize) -> Option<Vec<f32>> {
+        let (&capacity, vectors) = self.unused.range_mut(n..=n + n / 4).next()?;
+        let vector = vectors.pop();
+        if vectors.is_empty() {
+            self.unused.remove(&capacity);
+        }
+        self.elements -= capacity;
+        vector
+    }
+
+    fn put(&mut self, vector: Vec<f32>) {
+        let capacity = vector.capacity();
+        if self.elements + capacity <= KEPT {
+            self.elements += capacity;
+            self.unused.entry(capacity).or_default().push(vector);
+        }
+    }
+}
+
 impl Buffer {
     /// n elements of unspecified value: for results that are written whole.
     pub fn unset(n: usize) -> Self {
         if n < RECYCLED {
             return Self(vec![0f32; n]);
         }
-        let class = class(n);
-        let found = pool().as_mut().and_then(|pool| {
-            let vector = pool.unused.get_mut(&class)?.pop()?;
-            pool.elements -= class;
-            Some(vector)
-        });
-        let mut vector = found.unwrap_or_else(|| Vec::with_capacity(class));
+        let found = pool().take(n);
+        // Zeroed by the system, page by page, as the pages are first touched.
+        let mut vector = found.unwrap_or_else(|| vec![0f32; class(n)]);
+        // A recycled vector is as long as its last use; what it lacks is zeroed.
         vector.resize(n, 0.0);
         Self(vector)
     }
@@ -67,16 +85,8 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let vector = std::mem::take(&mut self.0);
-        let capacity = vector.capacity();
-        if vector.len() < RECYCLED || class(capacity) != capacity {
-            return;
-        }
-        let mut pool = pool();
-        let pool = pool.get_or_insert_default();
-        if pool.elements + capacity <= KEPT {
-            pool.elements += capacity;
-            pool.unused.entry(capacity).or_default().push(vector);
+        if self.0.len() >= RECYCLED {
+            pool().put(std::mem::take(&mut self.0));
         }
     }
 }

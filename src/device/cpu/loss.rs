@@ -2,15 +2,15 @@
 
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
-use super::values::{elements, expect, tensor};
-use super::{Buffer, CpuDevice, math};
+use super::values::{expect, owned, tensor};
+use super::{CpuDevice, math};
 use crate::Result;
 use crate::device::Tensor;
 
 impl CpuDevice {
     pub(super) fn cross_entropy_impl(
         &self,
-        logits: &Tensor,
+        logits: Tensor,
         labels: &[u32],
         seed: &[f32],
     ) -> Result<(Vec<f32>, Tensor)> {
@@ -21,20 +21,19 @@ impl CpuDevice {
         for &label in labels {
             expect((label as usize) < vocabulary, "cross_entropy", || format!("label {label} of {vocabulary}"))?;
         }
-        let source = elements(logits)?;
+        let (shape, dtype) = (logits.shape.clone(), logits.dtype);
         let mut losses = vec![0f32; rows];
-        let mut gradient = Buffer::unset(rows * vocabulary);
-        with_round!(logits.dtype, round => {
+        let mut gradient = owned(logits)?;
+        with_round!(dtype, round => {
             let run = |first: usize, gradient: &mut [f32], losses: &mut [f32]| {
                 for (i, (d, loss)) in gradient.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
                     let row = first + i;
-                    source.read(row * vocabulary, d);
                     *loss = vectorised(#[inline(always)] || one_row(d, labels[row] as usize, seed[row], round));
                 }
             };
             self.workers.rows2((&mut gradient, &mut losses), (vocabulary, 1), 10, run);
         });
-        Ok((losses, tensor(gradient, logits.shape.clone(), logits.dtype)))
+        Ok((losses, tensor(gradient, shape, dtype)))
     }
 }
 
@@ -43,7 +42,7 @@ impl CpuDevice {
 #[inline(always)]
 fn one_row(row: &mut [f32], label: usize, seed: f32, round: impl Round) -> f32 {
     let max = math::max(row);
-    let sum = math::sum(row.len(), |j| math::exp(row[j] - max));
+    let sum = math::sum([row], |[x]| math::exp(x - max));
     let log_sum = sum.ln();
     let log_p = (row[label] - max) - log_sum;
     for x in row.iter_mut() {

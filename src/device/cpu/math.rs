@@ -84,42 +84,36 @@ pub fn exp_flash(x: f32) -> f32 {
     }
 }
 
-/// Σ f(i) over 0..n in [`LANES`] partial sums, combined pairwise: one fixed order for every caller.
+/// Σ f(x[0][i], x[1][i], …) over slices of one length, in [`LANES`] partial sums, combined pairwise: one fixed order for
+/// every caller.
 #[inline(always)]
-pub fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub fn sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
-    let whole = n / LANES * LANES;
-    let mut i = 0;
-    while i < whole {
-        for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + l);
-        }
-        i += LANES;
+    let whole = vectors(&x);
+    for vector in 0..whole {
+        add_vector(&mut lanes, &x, vector, &f);
     }
-    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
-        *lane += f(whole + l);
+    for i in whole * LANES..x[0].len() {
+        lanes[i - whole * LANES] += f(x.map(|x| x[i]));
     }
     fold(lanes, |a, b| a + b)
 }
 
-/// Σ f(i) over 0..n, n < 16·4·16, in the order of torch.sum over a contiguous last dimension on AVX-512
+/// The same sum of fewer than 16·4·16 terms in the order of torch.sum over a contiguous last dimension on AVX-512
 /// (SumKernel.cpp `vectorized_inner_sum`): four interleaved rows of 16 lanes, then the scalar tail, then the lanes
 /// one after another. Longer sums cascade there every 16 additions; here they run on.
 #[inline(always)]
-pub fn torch_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub fn torch_sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     const ROWS: usize = 4;
     let mut rows = [[0f32; LANES]; ROWS];
-    let vectors = n / LANES;
-    let mut add = |row: usize, vector: usize| {
-        for (l, lane) in rows[row].iter_mut().enumerate() {
-            *lane += f(vector * LANES + l);
+    let vectors = vectors(&x);
+    for vector in (0..vectors / ROWS * ROWS).step_by(ROWS) {
+        for (row, lanes) in rows.iter_mut().enumerate() {
+            add_vector(lanes, &x, vector + row, &f);
         }
-    };
-    for vector in 0..vectors / ROWS * ROWS {
-        add(vector % ROWS, vector);
     }
     for vector in vectors / ROWS * ROWS..vectors {
-        add(0, vector);
+        add_vector(&mut rows[0], &x, vector, &f);
     }
     let [mut lanes, others @ ..] = rows;
     for row in others {
@@ -127,8 +121,24 @@ pub fn torch_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
             *lane += x;
         }
     }
-    let tail = (vectors * LANES..n).fold(0f32, |sum, i| sum + f(i));
+    let tail = (vectors * LANES..x[0].len()).fold(0f32, |sum, i| sum + f(x.map(|x| x[i])));
     lanes.iter().fold(tail, |sum, lane| sum + lane)
+}
+
+/// Whole vectors of [`LANES`] in slices of one length.
+#[inline(always)]
+fn vectors<const N: usize>(x: &[&[f32]; N]) -> usize {
+    assert!(x.iter().all(|other| other.len() == x[0].len()), "slices of one length");
+    x[0].len() / LANES
+}
+
+/// lanes[l] += f(vector `vector`'s element l). Slices are cut before the loop, so that it vectorises.
+#[inline(always)]
+fn add_vector<const N: usize>(lanes: &mut [f32; LANES], x: &[&[f32]; N], vector: usize, f: &impl Fn([f32; N]) -> f32) {
+    let x = x.map(|x| &x[vector * LANES..][..LANES]);
+    for (l, lane) in lanes.iter_mut().enumerate() {
+        *lane += f(x.map(|x| x[l]));
+    }
 }
 
 /// Largest f(i), NaN if any is NaN (as torch.max), −∞ for none.

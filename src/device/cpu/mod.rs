@@ -22,7 +22,7 @@ mod values;
 pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 
-use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Tensor};
+use super::{AdamW, AttentionShape, Compute, DType, Device, LowRank, Offsets, Statistics, Tensor};
 use crate::Result;
 use values::{expect, tensor, values as values_of};
 
@@ -74,10 +74,34 @@ impl Device for CpuDevice {
     }
 
     fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, compute: Compute, out: DType) -> Result<Tensor> {
-        self.linear_impl(x, w, bias, compute, out)
+        self.linear_impl(x, w, bias, (compute, out), None)
     }
     fn linear_input_grad(&self, dy: &Tensor, w: &Tensor, compute: Compute, out: DType) -> Result<Tensor> {
-        self.linear_input_grad_impl(dy, w, compute, out)
+        self.linear_input_grad_impl(dy, w, (compute, out), None)
+    }
+    fn linear_adapted(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        compute: Compute,
+        out: DType,
+        branch: &LowRank<'_>,
+        scaling: f32,
+    ) -> Result<Tensor> {
+        self.linear_impl(x, w, bias, (compute, out), Some((branch, scaling)))
+    }
+    fn linear_input_grad_onto(
+        &self,
+        so_far: Option<Tensor>,
+        branch: Option<&LowRank<'_>>,
+        dy: &Tensor,
+        w: &Tensor,
+        compute: Compute,
+        out: DType,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        self.linear_input_grad_impl(dy, w, (compute, out), Some((so_far.as_ref(), branch, dtype)))
     }
     fn linear_weight_grad(
         &self,
@@ -156,11 +180,17 @@ impl Device for CpuDevice {
         self.gate_grad_impl(d_out, gate, up)
     }
     fn cross_entropy(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        self.cross_entropy_impl(logits.clone(), labels, seed)
+    }
+    fn cross_entropy_owned(&self, logits: Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
         self.cross_entropy_impl(logits, labels, seed)
     }
 
     fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
         self.accumulate_impl(acc, g)
+    }
+    fn accumulate_units(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
+        self.accumulate_units_impl(acc, units)
     }
     fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()> {
         self.scale_in_place_impl(x, s)

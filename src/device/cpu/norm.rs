@@ -21,7 +21,7 @@ impl CpuDevice {
             self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(#[inline(always)] || {
                 for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
                     let x = &source[(first + i) * columns..][..columns];
-                    let mean = math::torch_sum(columns, |j| x[j] * x[j]) / columns as f32;
+                    let mean = math::torch_sum([x], |[x]| x * x) / columns as f32;
                     *r = 1.0 / (mean + eps).sqrt();
                     for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight.iter()) {
                         *y = outer.apply(w * inner.apply(x * *r));
@@ -50,7 +50,7 @@ impl CpuDevice {
                 for ((g, &d), &w) in dx.iter_mut().zip(dy).zip(weight.iter()) {
                     *g = round.apply(d * w);
                 }
-                let d_r = math::sum(columns, |j| dx[j] * x[j]);
+                let d_r = math::sum([dx, x], |[g, x]| g * x);
                 let d_mean = -0.5 * d_r * (r * r * r) / columns as f32;
                 for (g, &x) in dx.iter_mut().zip(x) {
                     *g = round.apply(*g * r + d_mean * (2.0 * x));

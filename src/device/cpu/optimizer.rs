@@ -69,6 +69,27 @@ impl CpuDevice {
         Ok(())
     }
 
+    pub(super) fn accumulate_units_impl(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
+        let n = acc.elements();
+        expect(n > 0 && units.elements().is_multiple_of(n), "accumulate_units", || {
+            format!("shapes {:?} and {:?}", acc.shape, units.shape)
+        })?;
+        let source = values(units)?;
+        let (dtype, count) = (acc.dtype, source.len() / n);
+        with_round!(dtype, round => self.workers.rows(values_mut(acc)?, 1, count, |first, run| vectorised(#[inline(always)] || {
+            // A few cache lines of the sum at a time, so that it stays in registers or close to them.
+            for (i, run) in run.chunks_mut(256).enumerate() {
+                for unit in 0..count {
+                    let unit = &source[unit * n + first + i * 256..][..run.len()];
+                    for (a, &g) in run.iter_mut().zip(unit) {
+                        *a = round.apply(*a + g);
+                    }
+                }
+            }
+        })));
+        Ok(())
+    }
+
     pub(super) fn scale_in_place_impl(&self, x: &mut Tensor, s: f32) -> Result<()> {
         let dtype = x.dtype;
         with_round!(dtype, round => self.workers.rows(values_mut(x)?, 1, 1, |_, run| vectorised(#[inline(always)] || {

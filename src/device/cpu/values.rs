@@ -58,6 +58,14 @@ pub fn values(x: &Tensor) -> Result<Cow<'_, [f32]>> {
     }
 }
 
+/// The elements of a tensor that is given up, for changing: its own buffer if nobody else holds it.
+pub fn owned(x: Tensor) -> Result<Buffer> {
+    match x.storage {
+        Storage::Cpu(values) => Ok(Arc::try_unwrap(values).unwrap_or_else(|shared| Buffer::copied(&shared))),
+        _ => Ok(Buffer::copied(&values(&x)?)),
+    }
+}
+
 /// The elements of an owned tensor for changing in place (copied first if someone else holds them too).
 pub fn values_mut(x: &mut Tensor) -> Result<&mut [f32]> {
     match &mut x.storage {

@@ -132,7 +132,7 @@ fn query(
             for (p, s) in p.iter_mut().zip(&scores) {
                 *p = math::exp(*s * plan.shape.scale - row.lse);
             }
-            let delta = math::sum(hd, |d| d_o[d] * row.o[d]);
+            let delta = math::sum([d_o, row.o], |[d, o]| d * o);
             v.dot(d_o, first, count, &mut scores);
             for ((ds, &p), dp) in ds.iter_mut().zip(p.iter()).zip(&scores) {
                 *ds = p * (*dp - delta);

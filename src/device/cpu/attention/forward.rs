@@ -56,7 +56,7 @@ fn row(
             s.iter_mut().for_each(|s| *s = math::exp_flash(*s - new_max));
         }
         let rescale = if max == f32::NEG_INFINITY { 0.0 } else { math::exp(max - new_max) };
-        sum = sum * rescale + math::sum(s.len(), |j| s[j]);
+        sum = sum * rescale + math::sum([s], |[s]| s);
         for o in o.iter_mut() {
             *o *= rescale;
         }

@@ -109,9 +109,10 @@ impl CpuDevice {
             });
         }
         // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
-        rounding::round_slice(&mut dq, output_dtype(compute));
         for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
-            rounding::round_slice(d, dtype);
+            if dtype.is_half() {
+                self.workers.rows(d, 1, 1, |_, run| rounding::round_slice(run, dtype));
+            }
         }
         let wrap = |d: Buffer, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);
         Ok((wrap(dq, q), wrap(dk, k), wrap(dv, v)))

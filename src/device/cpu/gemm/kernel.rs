@@ -4,15 +4,15 @@
 //! (12 of 16). The rows of A are broadcast, the columns of B are loaded. All f32 kernels do the same fused
 //! multiply-adds in the same order and so give the same bits.
 
-use crate::device::cpu::rounding;
+use super::finish::Finish;
+use crate::device::Compute;
 use crate::device::cpu::simd::{self, Level};
 use crate::device::cpu::threads::Shared;
-use crate::device::{Compute, DType};
 
 /// Most rows of any tile.
-const ROWS: usize = 14;
+pub const ROWS: usize = 14;
 /// Most columns of any tile.
-const COLUMNS: usize = 32;
+pub const COLUMNS: usize = 32;
 
 /// (units of depth, A panel, B panel, C tile, elements between rows of C, add to C instead of overwriting it).
 /// The number of rows is the function's own.
@@ -70,44 +70,57 @@ impl Kernel {
         k.div_ceil(self.per_unit)
     }
 
-    /// C tile = (C tile if `accumulate`) + A panel · B panel, then bias and rounding if `finish`.
-    pub fn tile(&self, a: &[u32], b: &[u32], tile: &Tile<'_>, accumulate: bool, finish: Option<Finish<'_>>) {
-        let units = b.len() / self.columns;
-        assert!(a.len() == units * self.rows && b.len() == units * self.columns);
-        assert!((1..=self.tiles.len()).contains(&tile.rows) && tile.columns <= self.columns);
-        let function = self.tiles[tile.rows - 1];
+    /// C tile = (C tile if `accumulate`) + A panel · B panel; the last part of the depth ends with `finish`.
+    pub fn tile(
+        &self,
+        (a, b): (&[u32], &[u32]),
+        tile: &Tile<'_>,
+        accumulate: bool,
+        finish: Option<&Finish<'_>>,
+        scratch: &mut Scratch,
+    ) {
         if finish.is_none() && tile.columns == self.columns && tile.strides.1 == 1 {
             let last = tile.at + (tile.rows - 1) * tile.strides.0;
             let c = tile.c.pointer(tile.at, last + self.columns);
-            // SAFETY: the panels hold `units` units (asserted), C's rows lie inside its buffer (checked by `pointer`)
-            // and belong to this task; `at` chose functions for instructions that the processor has.
-            unsafe { function(units, a.as_ptr(), b.as_ptr(), c, tile.strides.0, accumulate) };
+            // SAFETY: C's rows lie inside its buffer (checked by `pointer`) and belong to this task.
+            unsafe { self.product((a, b), tile.rows, c, tile.strides.0, accumulate) };
             return;
         }
-        let mut buffer = [0f32; ROWS * COLUMNS];
         if accumulate {
-            tile.load(&mut buffer);
+            tile.load(&mut scratch.sums);
         }
-        // SAFETY: as above; the buffer holds the largest tile.
-        unsafe { function(units, a.as_ptr(), b.as_ptr(), buffer.as_mut_ptr(), COLUMNS, accumulate) };
-        if let Some(finish) = finish {
-            if let Some(bias) = finish.bias {
-                for row in buffer.chunks_exact_mut(COLUMNS).take(tile.rows) {
-                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-                }
-            }
-            rounding::round_slice(&mut buffer[..tile.rows * COLUMNS], finish.out);
+        // SAFETY: the buffer holds the largest tile.
+        unsafe { self.product((a, b), tile.rows, scratch.sums.as_mut_ptr(), COLUMNS, accumulate) };
+        match finish {
+            None => tile.store(&scratch.sums),
+            Some(finish) => finish.tile(tile, scratch),
         }
-        tile.store(&buffer);
+    }
+
+    /// `rows` rows of C = (C if `accumulate`) + A panel · B panel.
+    ///
+    /// # Safety
+    /// C has `rows` rows of `self.columns` elements, `stride` apart, that nobody else has.
+    pub unsafe fn product(&self, (a, b): (&[u32], &[u32]), rows: usize, c: *mut f32, stride: usize, accumulate: bool) {
+        let units = b.len() / self.columns;
+        assert!(a.len() == units * self.rows && b.len() == units * self.columns);
+        // SAFETY: the panels hold `units` units (asserted); C by the caller's promise; `at` chose functions for
+        // instructions that the processor has.
+        unsafe { self.tiles[rows - 1](units, a.as_ptr(), b.as_ptr(), c, stride, accumulate) };
     }
 }
 
-/// What happens to a tile after its last part of the depth.
-#[derive(Clone, Copy)]
-pub struct Finish<'a> {
-    /// One value per column of the tile.
-    pub bias: Option<&'a [f32]>,
-    pub out: DType,
+/// Sums of one tile, and of its low-rank term, in rows of [`COLUMNS`].
+#[repr(align(64))]
+pub struct Scratch {
+    pub sums: [f32; ROWS * COLUMNS],
+    pub branch: [f32; ROWS * COLUMNS],
+}
+
+impl Scratch {
+    pub fn new() -> Self {
+        Self { sums: [0.0; ROWS * COLUMNS], branch: [0.0; ROWS * COLUMNS] }
+    }
 }
 
 impl Tile<'_> {
@@ -121,18 +134,28 @@ impl Tile<'_> {
     }
 
     /// The reverse.
-    fn store(&self, buffer: &[f32; ROWS * COLUMNS]) {
-        for (row, values) in buffer.chunks_exact(COLUMNS).take(self.rows).enumerate() {
-            let at = self.at + row * self.strides.0;
-            if self.strides.1 == 1 {
-                // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
-                unsafe { self.c.slice(at, self.columns) }.copy_from_slice(&values[..self.columns]);
-                continue;
+    pub fn store(&self, buffer: &[f32; ROWS * COLUMNS]) {
+        if self.strides.1 == 1 {
+            for (row, values) in buffer.chunks_exact(COLUMNS).take(self.rows).enumerate() {
+                self.row(row).copy_from_slice(&values[..self.columns]);
             }
-            for (column, &x) in values[..self.columns].iter().enumerate() {
-                self.c.set(at + column * self.strides.1, x);
+            return;
+        }
+        for column in 0..self.columns {
+            let at = self.at + column * self.strides.1;
+            // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
+            let out = unsafe { self.c.slice(at, (self.rows - 1) * self.strides.0 + 1) };
+            for (row, x) in out.iter_mut().step_by(self.strides.0).enumerate() {
+                *x = buffer[row * COLUMNS + column];
             }
         }
+    }
+
+    /// One row of C where its columns are contiguous.
+    #[allow(clippy::mut_from_ref)] // as `Shared::slice`, whose promise a tile carries
+    pub fn row(&self, row: usize) -> &mut [f32] {
+        // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
+        unsafe { self.c.slice(self.at + row * self.strides.0, self.columns) }
     }
 }
 

@@ -4,9 +4,13 @@
 //! the instruction set that computes it: the cut of the work (and the rows beside a row) cannot change a bit.
 //! `pack` lays the operands out for the kernels, `kernel` holds the inner loops; this file cuts the work.
 
+mod finish;
 mod kernel;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_avx512;
 
+pub use finish::{LowRank, Then};
 pub use kernel::Kernel;
 pub use pack::Matrix;
 
@@ -16,7 +20,7 @@ use super::threads::Shared;
 use super::values::{elements, expect, expect_offsets, tensor, values};
 use super::{Buffer, CpuDevice};
 use crate::Result;
-use crate::device::{Compute, DType, Tensor};
+use crate::device::{self, Compute, DType, Tensor};
 
 /// Units of depth (4 bytes of each operand row) that a packed panel of A keeps in the first-level cache.
 const DEPTH: usize = 384;
@@ -36,6 +40,7 @@ pub struct Product<'a> {
     /// n values added to each row before the one rounding.
     pub bias: Option<&'a [f32]>,
     pub out: DType,
+    pub then: Then<'a>,
 }
 
 impl CpuDevice {
@@ -52,14 +57,11 @@ impl CpuDevice {
         let plan = Plan::new(product, kernel);
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
-        {
-            let packed = pack::Panels::new(packed, kernel.rows * plan.depth);
-            self.workers.each(plan.panels(), plan.m * product.k, |panel| {
-                let first = panel * kernel.rows;
-                // SAFETY: one task per panel.
-                let out = unsafe { packed.panel(panel) };
-                pack::pack(plan.a, first..(first + kernel.rows).min(plan.m), 0..product.k, kernel.rows, kernel, out);
-            });
+        self.pack_rows((plan.a, product.k), plan.m, kernel, packed);
+        let mut term = plan.term();
+        if let Some(term) = &mut term {
+            let LowRank { a, rank, .. } = *term.of;
+            self.pack_rows((&a, rank), plan.m, &term.kernel, bytemuck::cast_slice_mut(&mut term.a));
         }
         let (row_tasks, column_tasks) = self.cut(&plan);
         let c = Shared::new(c);
@@ -67,7 +69,22 @@ impl CpuDevice {
             let rows = share(plan.panels(), row_tasks, task % row_tasks, kernel.rows, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
-            block(&plan, packed, rows, columns, &c);
+            block(&plan, (packed, term.as_ref()), rows, columns, (&c, 0));
+        });
+    }
+
+    /// Lays out all of an operand's m lanes, a panel of `kernel.rows` lanes after another.
+    fn pack_rows(&self, (matrix, depth): (&Matrix<'_>, usize), m: usize, kernel: &Kernel, packed: &mut [u32]) {
+        let panels = m.div_ceil(kernel.rows);
+        let packed = pack::Panels::new(packed, kernel.rows * kernel.units(depth));
+        // A few tasks per thread.
+        let tasks = panels.min(self.workers.threads() * 4);
+        self.workers.each(tasks, m * depth / 2, |task| {
+            let mine = panels * task / tasks..panels * (task + 1) / tasks;
+            let rows = mine.start * kernel.rows..(mine.end * kernel.rows).min(m);
+            // SAFETY: every panel belongs to one task.
+            let out = unsafe { packed.panels(mine) };
+            pack::pack(matrix, rows, 0..depth, kernel.rows, kernel, out);
         });
     }
 
@@ -88,37 +105,50 @@ impl CpuDevice {
         x: &Tensor,
         w: &Tensor,
         bias: Option<&Tensor>,
-        compute: Compute,
-        out: DType,
+        (compute, out): (Compute, DType),
+        branch: Option<(&device::LowRank<'_>, f32)>,
     ) -> Result<Tensor> {
-        let (m, k) = (x.rows(), x.columns());
-        let n = w.rows();
+        let (m, k, n) = (x.rows(), x.columns(), w.rows());
         expect(w.columns() == k && bias.is_none_or(|b| b.elements() == n), "linear", || {
             format!("x {:?}, w {:?}, bias {:?}", x.shape, w.shape, bias.map(|b| &b.shape))
         })?;
+        let then = match branch {
+            None => Then::Nothing,
+            Some((branch, scaling)) => Then::AddScaled { term: low_rank(branch, (m, n), false)?, scaling },
+        };
         let bias = bias.map(values).transpose()?;
         let mut y = Buffer::unset(m * n);
-        let a = Matrix { elements: elements(x)?, at: 0, lane: k, depth: 1, dtype: x.dtype };
-        let b = Matrix { elements: elements(w)?, at: 0, lane: k, depth: 1, dtype: w.dtype };
-        self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out }, &mut y);
+        let (a, b) = (by_rows(x)?, by_rows(w)?);
+        self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then }, &mut y);
         Ok(tensor(y, vec![m, n], out))
     }
 
+    /// `sum`: what to add the product to, if anything, the low-rank term, and the dtype of their sum.
     pub(super) fn linear_input_grad_impl(
         &self,
         dy: &Tensor,
         w: &Tensor,
-        compute: Compute,
-        out: DType,
+        (compute, out): (Compute, DType),
+        sum: Option<(Option<&Tensor>, Option<&device::LowRank<'_>>, DType)>,
     ) -> Result<Tensor> {
-        let (m, k) = (dy.rows(), dy.columns());
-        let n = w.columns();
+        let (m, k, n) = (dy.rows(), dy.columns(), w.columns());
         expect(w.rows() == k, "linear_input_grad", || format!("dy {:?}, w {:?}", dy.shape, w.shape))?;
+        let before = match sum {
+            Some((Some(before), ..)) => Some(values(before)?),
+            _ => None,
+        };
+        expect(before.as_ref().is_none_or(|x| x.len() == m * n), "linear_input_grad", || "another sum".to_owned())?;
+        let then = match sum {
+            None => Then::Nothing,
+            Some((_, branch, dtype)) => {
+                let term = branch.map(|branch| low_rank(branch, (m, n), true)).transpose()?;
+                Then::Accumulate { so_far: before.as_deref(), term, dtype }
+            }
+        };
         let mut dx = Buffer::unset(m * n);
-        let a = Matrix { elements: elements(dy)?, at: 0, lane: k, depth: 1, dtype: dy.dtype };
-        let b = Matrix { elements: elements(w)?, at: 0, lane: 1, depth: n, dtype: w.dtype };
-        self.gemm(&Product { m, n, k, a, b, compute, bias: None, out }, &mut dx);
-        Ok(tensor(dx, vec![m, n], out))
+        let (a, b) = (by_rows(dy)?, by_columns(w)?);
+        self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then }, &mut dx);
+        Ok(tensor(dx, vec![m, n], sum.map_or(out, |(.., dtype)| dtype)))
     }
 
     pub(super) fn linear_weight_grad_impl(
@@ -135,14 +165,72 @@ impl CpuDevice {
         let (a, b) = (elements(dy)?, elements(x)?);
         let count = units.len() - 1;
         let mut dw = Buffer::unset(count * m * n);
-        for (unit, dw) in dw.chunks_exact_mut((m * n).max(1)).enumerate() {
+        let product = |unit: usize| {
             let (first, k) = (units[unit], units[unit + 1] - units[unit]);
             let a = Matrix { elements: a, at: first * m, lane: 1, depth: m, dtype: dy.dtype };
             let b = Matrix { elements: b, at: first * n, lane: 1, depth: n, dtype: x.dtype };
-            self.gemm(&Product { m, n, k, a, b, compute, bias: None, out }, dw);
+            Product { m, n, k, a, b, compute, bias: None, out, then: Then::Nothing }
+        };
+        let kernel = Kernel::best(compute);
+        if m.min(n) > kernel.columns {
+            for (unit, dw) in dw.chunks_exact_mut((m * n).max(1)).enumerate() {
+                self.gemm_with(&kernel, &product(unit), dw);
+            }
+        } else {
+            self.narrow_products(&kernel, count, product, &mut dw);
         }
         Ok(tensor(dw, vec![count, m, n], out))
     }
+
+    /// Many products of few rows or columns (a LoRA rank), one task each or a part of one: sharing out each by itself
+    /// would cost more than the product.
+    fn narrow_products<'a>(
+        &self,
+        kernel: &Kernel,
+        count: usize,
+        product: impl Fn(usize) -> Product<'a> + Sync + Send,
+        c: &mut [f32],
+    ) {
+        let size = c.len() / count.max(1);
+        if size == 0 {
+            return;
+        }
+        // Depths differ; the mean is good enough to decide by.
+        let work = (0..count).map(|unit| product(unit).k).sum::<usize>() * size / 8;
+        let c = Shared::new(c);
+        let parts = (self.workers.threads() * 4).div_ceil(count);
+        self.workers.each(count * parts, work, |task| {
+            let product = product(task / parts);
+            let plan = Plan::new(&product, kernel);
+            let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
+            let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
+            pack::pack(plan.a, 0..plan.m, 0..product.k, kernel.rows, kernel, packed);
+            let tiles = plan.n.div_ceil(kernel.columns);
+            let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
+            block(&plan, (packed, None), 0..plan.m, columns, (&c, task / parts * size));
+        });
+    }
+}
+
+/// Rows of x as lanes.
+fn by_rows(x: &Tensor) -> Result<Matrix<'_>> {
+    Ok(Matrix { elements: elements(x)?, at: 0, lane: x.columns(), depth: 1, dtype: x.dtype })
+}
+
+/// Columns of x as lanes.
+fn by_columns(x: &Tensor) -> Result<Matrix<'_>> {
+    Ok(Matrix { elements: elements(x)?, at: 0, lane: 1, depth: x.columns(), dtype: x.dtype })
+}
+
+/// The term x · w of an (m, n) product, or x · wᵀ with w's columns as lanes.
+fn low_rank<'a>(of: &device::LowRank<'a>, (m, n): (usize, usize), columns: bool) -> Result<LowRank<'a>> {
+    let device::LowRank { x, w, compute, dtype } = *of;
+    let rank = x.columns();
+    let (depth, lanes) = if columns { (w.rows(), w.columns()) } else { (w.columns(), w.rows()) };
+    expect(x.rows() == m && depth == rank && lanes == n, "low-rank term", || {
+        format!("x {:?}, w {:?} beside {m} x {n}", x.shape, w.shape)
+    })?;
+    Ok(LowRank { a: by_rows(x)?, b: if columns { by_columns(w)? } else { by_rows(w)? }, rank, compute, dtype })
 }
 
 /// Elements of task `index` of `tasks`, when `tiles` tiles of `width` (`total` elements) are shared out evenly.
@@ -169,7 +257,11 @@ struct Plan<'a> {
 impl<'a> Plan<'a> {
     fn new(product: &'a Product<'a>, kernel: &'a Kernel) -> Self {
         let depth = kernel.units(product.k);
-        if product.n < kernel.columns && product.n < product.m && product.bias.is_none() {
+        if product.n < kernel.columns
+            && product.n < product.m
+            && product.bias.is_none()
+            && matches!(product.then, Then::Nothing)
+        {
             let (m, n) = (product.n, product.m);
             return Self { product, kernel, a: &product.b, b: &product.a, m, n, strides: (1, product.n), depth };
         }
@@ -181,11 +273,18 @@ impl<'a> Plan<'a> {
         self.m.div_ceil(self.kernel.rows)
     }
 
-    /// Bias and rounding of a tile, after the last unit of depth, where there is any.
-    fn finish(&self, units: usize, columns: Range<usize>) -> Option<kernel::Finish<'a>> {
-        let Product { bias, out, .. } = *self.product;
-        let any = bias.is_some() || out != DType::F32;
-        (any && units == self.depth).then(|| kernel::Finish { bias: bias.map(|bias| &bias[columns]), out })
+    /// Whether tiles need finishing after the last part of the depth.
+    fn finishes(&self) -> bool {
+        let Product { bias, out, then, .. } = self.product;
+        bias.is_some() || *out != DType::F32 || !matches!(then, Then::Nothing)
+    }
+
+    /// The low-rank term with room for its rows.
+    fn term(&self) -> Option<Term<'a>> {
+        let of = self.product.then.term()?;
+        let kernel = Kernel::best(of.compute);
+        assert!(kernel.rows == self.kernel.rows && kernel.columns == self.kernel.columns, "one tile for both products");
+        Some(Term { of, kernel, a: Buffer::unset(self.panels() * kernel.rows * kernel.units(of.rank)) })
     }
 
     /// The depth in even parts of at most [`DEPTH`] units; one empty part if there is none, which stores zeros.
@@ -195,36 +294,77 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// One task: rows × columns of C over the whole depth.
-fn block(plan: &Plan<'_>, packed_a: &[u32], rows: Range<usize>, columns: Range<usize>, c: &Shared<'_>) {
+/// A low-rank term, its rows packed.
+struct Term<'a> {
+    of: &'a LowRank<'a>,
+    kernel: Kernel,
+    a: Buffer,
+}
+
+impl Term<'_> {
+    fn units(&self) -> usize {
+        self.kernel.units(self.of.rank)
+    }
+    /// Lays out the columns `lanes`, at most [`COLUMNS`], in panels.
+    fn pack_columns(&self, lanes: Range<usize>, packed: &mut [u32]) {
+        let width = self.kernel.columns;
+        let out = &mut packed[..lanes.len().div_ceil(width) * width * self.units()];
+        pack::pack(&self.of.b, lanes, 0..self.of.rank, width, &self.kernel, out);
+    }
+}
+
+/// One task: rows × columns of C, which starts at `start` of its slice, over the whole depth.
+fn block(
+    plan: &Plan<'_>,
+    (packed_a, term): (&[u32], Option<&Term<'_>>),
+    rows: Range<usize>,
+    columns: Range<usize>,
+    (c, start): (&Shared<'_>, usize),
+) {
     let kernel = plan.kernel;
     let most = plan.parts().map(|part| part.len()).max().unwrap_or(0);
-    let mut packed_b = Buffer::unset(COLUMNS.min(columns.len().next_multiple_of(kernel.columns)) * most);
+    let width = COLUMNS.min(columns.len().next_multiple_of(kernel.columns));
+    let (mut packed_b, mut term_b) = (Buffer::unset(width * most), Buffer::unset(width * term.map_or(0, Term::units)));
     let packed_b: &mut [u32] = bytemuck::cast_slice_mut(&mut packed_b);
+    let term_b: &mut [u32] = bytemuck::cast_slice_mut(&mut term_b);
+    let mut scratch = kernel::Scratch::new();
     for first_column in columns.clone().step_by(COLUMNS) {
-        let end_column = (first_column + COLUMNS).min(columns.end);
+        let lanes = first_column..(first_column + COLUMNS).min(columns.end);
+        if let Some(term) = term {
+            term.pack_columns(lanes.clone(), term_b);
+        }
         for part in plan.parts() {
             let units = part.len();
             let elements = part.start * kernel.per_unit..(part.end * kernel.per_unit).min(plan.product.k);
-            let tiles = || (first_column..end_column).step_by(kernel.columns).enumerate();
-            for (panel, first) in tiles() {
-                let lanes = first..(first + kernel.columns).min(end_column);
-                let out = &mut packed_b[panel * kernel.columns * units..][..kernel.columns * units];
-                pack::pack(plan.b, lanes, elements.clone(), kernel.columns, kernel, out);
-            }
+            let tiles = || lanes.clone().step_by(kernel.columns).enumerate();
+            let panels = lanes.len().div_ceil(kernel.columns);
+            let out = &mut packed_b[..panels * kernel.columns * units];
+            pack::pack(plan.b, lanes.clone(), elements, kernel.columns, kernel, out);
+            let finishes = part.end == plan.depth && plan.finishes();
             for row in rows.clone().step_by(kernel.rows) {
                 let a = &packed_a[row * plan.depth + part.start * kernel.rows..][..units * kernel.rows];
                 for (panel, column) in tiles() {
                     let tile = kernel::Tile {
                         c,
-                        at: row * plan.strides.0 + column * plan.strides.1,
+                        at: start + row * plan.strides.0 + column * plan.strides.1,
                         strides: plan.strides,
                         rows: kernel.rows.min(rows.end - row),
-                        columns: kernel.columns.min(end_column - column),
+                        columns: kernel.columns.min(lanes.end - column),
                     };
                     let b = &packed_b[panel * kernel.columns * units..][..kernel.columns * units];
-                    let finish = plan.finish(part.end, column..column + tile.columns);
-                    kernel.tile(a, b, &tile, part.start > 0, finish);
+                    let term = term.map(|term| {
+                        let (units, all) = (term.units(), bytemuck::cast_slice(&term.a));
+                        let (a, b) =
+                            (&all[row * units..][..units * kernel.rows], &term_b[panel * kernel.columns * units..]);
+                        (&term.kernel, a, &b[..kernel.columns * units])
+                    });
+                    let finish = finish::Finish {
+                        bias: plan.product.bias.map(|bias| &bias[column..column + tile.columns]),
+                        out: plan.product.out,
+                        then: &plan.product.then,
+                        term,
+                    };
+                    kernel.tile((a, b), &tile, part.start > 0, finishes.then_some(&finish), &mut scratch);
                 }
             }
         }
@@ -245,7 +385,8 @@ mod tests {
         let draw = |n: usize, seed| (0..n).map(|i| rounding::bf16(symmetric(seed, 0, i as u64))).collect::<Vec<f32>>();
         let (a, b) = (draw(m * k, 1), draw(n * k, 2));
         let view = |x| Matrix { elements: Elements::Wide(x), at: 0, lane: k, depth: 1, dtype: DType::BF16 };
-        let product = Product { m, n, k, a: view(&a), b: view(&b), compute, bias: None, out: DType::F32 };
+        let product =
+            Product { m, n, k, a: view(&a), b: view(&b), compute, bias: None, out: DType::F32, then: Then::Nothing };
         let mut c = vec![f32::NAN; m * n];
         device.gemm_with(&Kernel::at(level, compute), &product, &mut c);
         c

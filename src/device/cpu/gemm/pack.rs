@@ -41,10 +41,12 @@ impl<'a> Panels<'a> {
     /// # Safety
     /// Each index is in use by one task at a time.
     #[allow(clippy::mut_from_ref)] // the point of this type; the caller promises disjointness
-    pub unsafe fn panel(&self, index: usize) -> &mut [u32] {
-        assert!(index < self.count || self.panel == 0);
+    pub unsafe fn panels(&self, indices: Range<usize>) -> &mut [u32] {
+        assert!(indices.start <= indices.end && (indices.end <= self.count || self.panel == 0));
         // SAFETY: inside the buffer by the assertion; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(index * self.panel), self.panel) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.add(indices.start * self.panel), indices.len() * self.panel)
+        }
     }
 }
 
@@ -53,7 +55,8 @@ const STRIP: usize = 32;
 /// Most lanes of any panel.
 const LANES: usize = 32;
 
-/// Writes lanes × depth of `matrix` to `out` [units of depth][width], zeros where lanes or depth run out.
+/// Writes lanes × depth of `matrix` to panels of `width` lanes, each [units of depth][width], zeros where lanes or depth
+/// run out.
 pub fn pack(
     matrix: &Matrix<'_>,
     lanes: Range<usize>,
@@ -62,19 +65,18 @@ pub fn pack(
     kernel: &Kernel,
     out: &mut [u32],
 ) {
-    let convert = Convert { matrix, kernel, exact: rounding::is_exact_in(matrix.dtype, kernel.compute) };
-    let mut strip = [[0u32; LANES]; STRIP];
-    for (i, out) in out.chunks_mut(STRIP * width).enumerate() {
-        let start = depth.start + i * STRIP * kernel.per_unit;
-        let elements = start..(start + STRIP * kernel.per_unit).min(depth.end);
-        if matrix.depth == 1 {
-            convert.across(lanes.clone(), elements, &mut strip);
-        } else {
-            convert.along(lanes.clone(), elements, &mut strip);
-        }
-        for (out, units) in out.chunks_exact_mut(width).zip(&strip) {
-            out.copy_from_slice(&units[..width]);
-        }
+    let exact = rounding::is_exact_in(matrix.dtype, kernel.compute);
+    #[cfg(target_arch = "x86_64")]
+    if exact
+        && simd::level() >= Level::Avx512
+        && super::pack_avx512::pack(matrix, lanes.clone(), depth.clone(), width, kernel, out)
+    {
+        return;
+    }
+    let convert = Convert { matrix, kernel, exact };
+    let panel = (kernel.units(depth.len()) * width).max(1);
+    for (first, out) in lanes.clone().step_by(width).zip(out.chunks_exact_mut(panel)) {
+        convert.panel(first..(first + width).min(lanes.end), depth.clone(), width, out);
     }
 }
 
@@ -86,6 +88,24 @@ struct Convert<'a> {
 }
 
 impl Convert<'_> {
+    /// One panel, a strip of units at a time.
+    fn panel(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, out: &mut [u32]) {
+        let per_unit = self.kernel.per_unit;
+        let mut strip = [[0u32; LANES]; STRIP];
+        for (i, out) in out.chunks_mut(STRIP * width).enumerate() {
+            let start = depth.start + i * STRIP * per_unit;
+            let elements = start..(start + STRIP * per_unit).min(depth.end);
+            if self.matrix.depth == 1 {
+                self.across(lanes.clone(), elements, &mut strip);
+            } else {
+                self.along(lanes.clone(), elements, &mut strip);
+            }
+            for (out, units) in out.chunks_exact_mut(width).zip(&strip) {
+                out.copy_from_slice(&units[..width]);
+            }
+        }
+    }
+
     #[inline]
     fn load(&self, at: usize, run: &mut [f32]) {
         self.matrix.elements.read(at, run);
