@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::combine::{Transposed, combine};
+use super::combine::{NARROW, Transposed, combine};
 use super::{Head, KEYS, Plan, output_dtype};
 use crate::device::cpu::math;
 use crate::device::cpu::rounding::{self, Round, round_operand, with_round};
@@ -24,8 +24,12 @@ pub struct Saved<'a> {
     pub lse: &'a [f32],
 }
 
-/// Probabilities and score gradients of one block, [queries][KEYS], rounded as operands; one sum.
+/// Probabilities and score gradients of one block, [queries][stride], rounded as operands; scores of one query; one
+/// sum.
 struct Work {
+    /// No power of two: a column's cells would all compete for the same few cache lines.
+    stride: usize,
+    scores: Vec<f32>,
     p: Vec<f32>,
     ds: Vec<f32>,
     sum: Vec<f32>,
@@ -48,8 +52,9 @@ pub fn task(
     let hd = plan.shape.head_dim;
     let transposed = (Transposed::new(&head.k, length), Transposed::new(&head.v, length));
     let queries = query_block(length);
-    let cells = queries.min(length) * KEYS;
-    let mut work = Work { p: vec![0f32; cells], ds: vec![0f32; cells], sum: vec![0f32; hd] };
+    let stride = KEYS.min(length).next_multiple_of(NARROW) + NARROW;
+    let cells = || vec![0f32; queries.min(length) * stride];
+    let mut work = Work { stride, scores: vec![0f32; KEYS], p: cells(), ds: cells(), sum: vec![0f32; hd] };
     let (mut dk_sum, mut dv_sum) = (vec![0f32; length * hd], vec![0f32; length * hd]);
     for h in 0..plan.group {
         let (mut dk_head, mut dv_head) = (vec![0f32; length * hd], vec![0f32; length * hd]);
@@ -66,9 +71,9 @@ pub fn task(
                 }
                 let of_head = h * length * hd..(h + 1) * length * hd;
                 let (q, d_o) = (&head.q[of_head.clone()], &saved.d_o[of_head]);
-                let Work { p, ds, sum } = &mut work;
-                keys_of_block(plan, &block, (p, d_o, 1.0), sum, &mut dv_head);
-                keys_of_block(plan, &block, (ds, q, plan.shape.scale), sum, &mut dk_head);
+                let Work { p, ds, sum, .. } = &mut work;
+                keys_of_block(plan, &block, (p, stride), (d_o, 1.0), sum, &mut dv_head);
+                keys_of_block(plan, &block, (ds, stride), (q, plan.shape.scale), sum, &mut dk_head);
             }
         }
         for (sum, part) in [(&mut dk_sum, &dk_head), (&mut dv_sum, &dv_head)] {
@@ -120,21 +125,20 @@ fn query(
         return;
     }
     let (q, d_o) = (&head.q[row.row * hd..][..hd], &d_o[row.row * hd..][..hd]);
-    let cells = (row.i - block.queries.start) * KEYS + (first - block.keys.start);
+    let cells = (row.i - block.queries.start) * work.stride + (first - block.keys.start);
     let count = end - first;
-    let Work { p, ds, sum } = work;
-    let mut scores = [0f32; KEYS];
+    let Work { scores, p, ds, sum, .. } = work;
     vectorised(
         #[inline(always)]
         || {
-            k.dot(q, first, count, &mut scores);
+            k.dot(q, first, count, scores);
             let (p, ds) = (&mut p[cells..cells + count], &mut ds[cells..cells + count]);
-            for (p, s) in p.iter_mut().zip(&scores) {
+            for (p, s) in p.iter_mut().zip(scores.iter()) {
                 *p = math::exp(*s * plan.shape.scale - row.lse);
             }
             let delta = math::sum([d_o, row.o], |[d, o]| d * o);
-            v.dot(d_o, first, count, &mut scores);
-            for ((ds, &p), dp) in ds.iter_mut().zip(p.iter()).zip(&scores) {
+            v.dot(d_o, first, count, scores);
+            for ((ds, &p), dp) in ds.iter_mut().zip(p.iter()).zip(scores.iter()) {
                 *ds = p * (*dp - delta);
             }
             round_operand(p, plan.compute);
@@ -153,7 +157,8 @@ fn query(
 fn keys_of_block(
     plan: &Plan<'_>,
     block: &Block,
-    (weights, rows, scale): (&[f32], &[f32], f32),
+    (weights, stride): (&[f32], usize),
+    (rows, scale): (&[f32], f32),
     sum: &mut [f32],
     total: &mut [f32],
 ) {
@@ -166,9 +171,9 @@ fn keys_of_block(
             if first >= last {
                 continue;
             }
-            let weights = &weights[(first - block.queries.start) * KEYS + (j - block.keys.start)..];
+            let weights = &weights[(first - block.queries.start) * stride + (j - block.keys.start)..];
             sum.fill(0.0);
-            combine(|i| weights[i * KEYS], last - first, &rows[first * hd..], hd, sum);
+            combine(|i| weights[i * stride], last - first, &rows[first * hd..], hd, sum);
             for (total, &part) in total[j * hd..][..hd].iter_mut().zip(sum.iter()) {
                 *total = round.apply(*total + scale * part);
             }

@@ -13,10 +13,15 @@ pub fn combine(weight: impl Fn(usize) -> f32 + Copy, count: usize, rows: &[f32],
         block::<WIDE>(weight, count, &rows[at..], stride, &mut out[at..]);
         at += WIDE;
     }
-    while at + NARROW <= out.len() {
-        block::<NARROW>(weight, count, &rows[at..], stride, &mut out[at..]);
-        at += NARROW;
+    // What is left goes in one piece: a single narrow accumulator would wait for each of its own additions.
+    let rest = (out.len() - at) / NARROW;
+    match rest {
+        3 => block::<48>(weight, count, &rows[at..], stride, &mut out[at..]),
+        2 => block::<32>(weight, count, &rows[at..], stride, &mut out[at..]),
+        1 => block::<NARROW>(weight, count, &rows[at..], stride, &mut out[at..]),
+        _ => {}
     }
+    at += rest * NARROW;
     for (l, out) in out.iter_mut().enumerate().skip(at) {
         *out = (0..count).fold(*out, |sum, j| weight(j).mul_add(rows[j * stride + l], sum));
     }
