@@ -67,11 +67,12 @@ fn write_model(dir: &Path) {
 fn adapter(device: &dyn Device, config: &ModelConfig) -> Adapter {
     let targets = ["all".to_owned()];
     let draw = |n: usize, seed| (0..n).map(|i| 0.1 * noise::symmetric(seed, 1, i as u64)).collect();
-    let modules = select(&targets, config).expect("all linears").into_iter().zip(0..).map(|((layer, projection), i)| {
-        let (fan_in, fan_out) = projection.shape(config);
-        let (a, b) = (draw(RANK * fan_in, 2 * i), draw(fan_out * RANK, 2 * i + 1));
-        AdapterModule { path: projection.path(layer), a, b, rank: RANK, fan_in, fan_out }
-    });
+    let modules =
+        select(&targets, config).expect("all linears").into_iter().zip(0..).map(|((layer, projection), i)| {
+            let (fan_in, fan_out) = projection.shape(config);
+            let (a, b) = (draw(RANK * fan_in, 2 * i), draw(fan_out * RANK, 2 * i + 1));
+            AdapterModule { path: projection.path(layer), a, b, rank: RANK, fan_in, fan_out }
+        });
     let weights = AdapterWeights { modules: modules.collect(), stored: "F32".into() };
     Adapter::new(device, config, &targets, &weights, 2.0, DType::F32).expect("an adapter")
 }

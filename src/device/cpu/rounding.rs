@@ -12,7 +12,7 @@ pub fn bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
     let nan = (bits | QUIET) & 0xffff_0000;
-    f32::from_bits(if (bits & 0x7fff_ffff) > 0x7f80_0000 { nan } else { rounded })
+    f32::from_bits(if x.is_nan() { nan } else { rounded })
 }
 
 /// x rounded to f16 (11 bits of precision, largest 65504, smallest 2^-24), nearest even; 65520 and more is infinite.

@@ -33,9 +33,16 @@ pub struct Workers {
 struct Team {
     /// Counts jobs and the order to stop; what helpers watch while awake.
     epoch: AtomicUsize,
-    job: Mutex<Option<Arc<Job>>>,
+    board: Mutex<Board>,
     posted: Condvar,
     stop: AtomicBool,
+}
+
+/// The job that is open, and how many helpers sleep until the next.
+#[derive(Default)]
+struct Board {
+    job: Option<Arc<Job>>,
+    asleep: usize,
 }
 
 /// Tasks 0..tasks of one closure.
@@ -77,14 +84,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Team {
     fn post(&self, job: Arc<Job>) {
-        *lock(&self.job) = Some(job);
-        self.epoch.fetch_add(1, Ordering::Release);
-        self.posted.notify_all();
+        let asleep = {
+            let mut board = lock(&self.board);
+            board.job = Some(job);
+            // Under the lock: a helper between looking and sleeping would miss it.
+            self.epoch.fetch_add(1, Ordering::Release);
+            board.asleep
+        };
+        if asleep > 0 {
+            self.posted.notify_all();
+        }
     }
 
     /// Closes the job to newcomers and waits for those who are at work on it.
     fn close(&self, job: &Job) {
-        *lock(&self.job) = None;
+        lock(&self.board).job = None;
         let mut spins = 0u32;
         while job.helping.load(Ordering::Acquire) > 0 {
             spins = spins.saturating_add(1);
@@ -98,9 +112,9 @@ impl Team {
         while !self.stop.load(Ordering::Acquire) {
             seen = self.await_epoch(seen);
             let job = {
-                let job = lock(&self.job);
+                let board = lock(&self.board);
                 // Counted under the lock, so that `close` sees either the helper or a closed job.
-                job.as_ref().inspect(|job| _ = job.helping.fetch_add(1, Ordering::AcqRel)).cloned()
+                board.job.as_ref().inspect(|job| _ = job.helping.fetch_add(1, Ordering::AcqRel)).cloned()
             };
             if let Some(job) = job {
                 if catch_unwind(AssertUnwindSafe(|| job.work())).is_err() {
@@ -126,13 +140,15 @@ impl Team {
                 break;
             }
         }
-        let mut job = lock(&self.job);
+        let mut board = lock(&self.board);
         loop {
             let epoch = self.epoch.load(Ordering::Acquire);
             if epoch != seen {
                 return epoch;
             }
-            job = self.posted.wait(job).unwrap_or_else(PoisonError::into_inner);
+            board.asleep += 1;
+            board = self.posted.wait(board).unwrap_or_else(PoisonError::into_inner);
+            board.asleep -= 1;
         }
     }
 }
@@ -249,7 +265,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.team.stop.store(true, Ordering::Release);
         {
-            let _job = lock(&self.team.job);
+            let _board = lock(&self.team.board);
             self.team.epoch.fetch_add(1, Ordering::Release);
         }
         self.team.posted.notify_all();

@@ -84,9 +84,8 @@ impl Finish<'_> {
             Then::Nothing if tile.strides.1 == 1 => {
                 with_round!(self.out, out => vectorised(#[inline(always)] || {
                     for row in 0..tile.rows {
-                        for (y, &x) in tile.row(row).iter_mut().zip(row_of(&scratch.sums, row)) {
-                            *y = out.apply(x);
-                        }
+                        let sums = row_of(&scratch.sums, row);
+                        write(tile.row(row), #[inline(always)] |i| out.apply(sums[i]));
                     }
                 }));
             }
@@ -135,30 +134,52 @@ struct Rows<'a> {
     before: Option<&'a [f32]>,
 }
 
+/// Writes the result to a row of C by way of registers: arrays of one fixed length need no checks for overlap.
+#[inline(always)]
+fn write(y: &mut [f32], value: impl Fn(usize) -> f32) {
+    let mut row = [0f32; COLUMNS];
+    for (i, x) in row.iter_mut().enumerate() {
+        *x = value(i);
+    }
+    match y.first_chunk_mut() {
+        Some(whole) => *whole = row,
+        None => y.copy_from_slice(&row[..y.len()]),
+    }
+}
+
 #[inline(always)]
 fn add_in_turn(rows: Rows<'_>, inner: impl Round, sum: impl Round) {
     let Rows { y, product, term, before } = rows;
+    let mut padded = [0f32; COLUMNS];
+    let before = before.map(|before| {
+        before.first_chunk().unwrap_or_else(|| {
+            padded[..before.len()].copy_from_slice(before);
+            &padded
+        })
+    });
     match (before, term) {
-        (Some(before), Some(term)) => {
-            for (((y, &x), &t), &b) in y.iter_mut().zip(product).zip(term).zip(before) {
-                *y = sum.apply(sum.apply(b + inner.apply(t)) + inner.apply(x));
-            }
+        (Some(b), Some(t)) => {
+            write(
+                y,
+                #[inline(always)]
+                |i| sum.apply(sum.apply(b[i] + inner.apply(t[i])) + inner.apply(product[i])),
+            );
         }
-        (None, Some(term)) => {
-            for ((y, &x), &t) in y.iter_mut().zip(product).zip(term) {
-                *y = sum.apply(inner.apply(t) + inner.apply(x));
-            }
-        }
-        (Some(before), None) => {
-            for ((y, &x), &b) in y.iter_mut().zip(product).zip(before) {
-                *y = sum.apply(b + inner.apply(x));
-            }
-        }
-        (None, None) => {
-            for (y, &x) in y.iter_mut().zip(product) {
-                *y = inner.apply(x);
-            }
-        }
+        (None, Some(t)) => write(
+            y,
+            #[inline(always)]
+            |i| sum.apply(inner.apply(t[i]) + inner.apply(product[i])),
+        ),
+        (Some(b), None) => write(
+            y,
+            #[inline(always)]
+            |i| sum.apply(b[i] + inner.apply(product[i])),
+        ),
+        (None, None) => write(
+            y,
+            #[inline(always)]
+            |i| inner.apply(product[i]),
+        ),
     }
 }
 
@@ -177,7 +198,9 @@ fn add_scaled(
     scaling: f32,
     (out, branch): (impl Round, impl Round),
 ) {
-    for ((y, &x), &t) in y.iter_mut().zip(base).zip(term) {
-        *y = out.apply(out.apply(x) + branch.apply(branch.apply(t) * scaling));
-    }
+    write(
+        y,
+        #[inline(always)]
+        |i| out.apply(out.apply(base[i]) + branch.apply(branch.apply(term[i]) * scaling)),
+    );
 }

@@ -127,6 +127,14 @@ impl Tile<'_> {
     /// Copies what exists of C to rows of [`COLUMNS`].
     fn load(&self, buffer: &mut [f32; ROWS * COLUMNS]) {
         for (row, out) in buffer.chunks_exact_mut(COLUMNS).take(self.rows).enumerate() {
+            if self.strides.1 == 1 {
+                let c = self.row(row);
+                match (out.first_chunk_mut::<COLUMNS>(), c.first_chunk()) {
+                    (Some(out), Some(whole)) => *out = *whole,
+                    _ => out[..c.len()].copy_from_slice(c),
+                }
+                continue;
+            }
             for (column, x) in out[..self.columns].iter_mut().enumerate() {
                 *x = self.c.get(self.at + row * self.strides.0 + column * self.strides.1);
             }

@@ -88,14 +88,20 @@ impl CpuDevice {
         });
     }
 
-    /// Tasks along (rows, columns): a few per thread, along columns first (each task packs its own columns of B).
+    /// Tasks along (rows, columns): a few per thread, along columns first (each task packs its own columns of B), of
+    /// one size where the tiles divide so.
     fn cut(&self, plan: &Plan<'_>) -> (usize, usize) {
         let threads = self.workers.threads();
         if threads == 1 {
             return (1, 1);
         }
-        let wanted = threads * 4;
-        let by_columns = plan.n.div_ceil(plan.kernel.columns * 2).clamp(1, wanted);
+        let tiles = plan.n.div_ceil(plan.kernel.columns);
+        let wanted = (tiles / 6).clamp(threads * 3, threads * 16);
+        let even = |&tasks: &usize| tasks % threads == 0 && tiles % tasks == 0;
+        if let Some(even) = (threads * 2..=wanted).rev().find(even) {
+            return (1, even);
+        }
+        let by_columns = tiles.div_ceil(2).clamp(1, wanted);
         let by_rows = plan.m.div_ceil(plan.kernel.rows * 4).clamp(1, wanted.div_ceil(by_columns));
         (by_rows, by_columns)
     }

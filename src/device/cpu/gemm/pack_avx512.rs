@@ -97,6 +97,9 @@ struct View {
     elements: usize,
 }
 
+/// Elements of depth by which loads are announced.
+const AHEAD: usize = 16;
+
 const WHOLE: u8 = Source::Whole as u8;
 const HALVES: u8 = Source::Halves as u8;
 const NARROW: u8 = Source::Narrow as u8;
@@ -122,10 +125,14 @@ unsafe fn pack_across<const SOURCE: u8>(view: &View, width: usize, out: &mut [u3
             for (i, row) in rows.iter_mut().enumerate().take(view.lanes.saturating_sub(lane).min(16)) {
                 // SAFETY: lane and elements lie inside the view; lanes of memory past its elements are masked off.
                 *row = unsafe {
-                    load_units::<SOURCE>(
-                        view.start.add((lane + i) * view.lane + element * size),
-                        view.elements - element,
-                    )
+                    let from = view.start.add((lane + i) * view.lane + element * size);
+                    // Two blocks ahead: sixteen rows are more streams than the hardware follows. Into the second-level
+                    // cache only: rows often lie so that they share a few sets of the first.
+                    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(2 * per_block * size).cast());
+                    if SOURCE == NARROW {
+                        _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(2 * per_block * size + 64).cast());
+                    }
+                    load_units::<SOURCE>(from, view.elements - element)
                 };
             }
             let rows = transpose(rows);
@@ -218,6 +225,13 @@ unsafe fn pack_along<const SOURCE: u8>(view: &View, (width, units): (usize, usiz
         let element = if pairs { 2 * unit } else { unit };
         // SAFETY: the element lies inside the view.
         let from = unsafe { view.start.add(element * view.depth) };
+        for line in (0..view.lanes * size).step_by(64) {
+            // Rows lie far apart, which no hardware prefetcher follows.
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(AHEAD * view.depth + line).cast());
+            if pairs {
+                _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add((AHEAD + 1) * view.depth + line).cast());
+            }
+        }
         // An odd depth ends with half a pair.
         let whole = element + 1 < view.elements;
         for panel in (0..view.lanes).step_by(width) {
