@@ -87,7 +87,7 @@ fn window(vocab: usize) -> Ragged {
             (ids.clone(), labels.collect())
         })
         .collect();
-    Ragged::build(rows.iter().map(|(ids, labels)| [Row { ids, labels }]), vocab).expect("rows")
+    Ragged::build(rows.iter().map(|(ids, labels)| [Row { ids, labels, pack: None }]), vocab).expect("rows")
 }
 
 fn steps(c: &mut Criterion) {
