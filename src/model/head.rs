@@ -7,9 +7,9 @@ use crate::Result;
 use crate::device::Tensor;
 use crate::probe::{Part, Role, Site};
 
-/// Elements of logits held at once: 48 MiB in f32, whatever the vocabulary. The weight of lm_head is read once per
+/// Elements of logits held at once: 32 MiB in f32, whatever the vocabulary. The weight of lm_head is read once per
 /// tile, so a tile should have some hundred rows of a usual vocabulary.
-const TILE: usize = 12 << 20;
+const TILE: usize = 8 << 20;
 
 /// h [n, hidden] → (loss per labelled token, gradient of h if there are seeds). Rows without a label contribute no
 /// loss, and their gradient is zero.
