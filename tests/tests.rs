@@ -9,6 +9,7 @@ mod diagnosis; // verdicts on scripted evidence and on recorded runs
 mod eval; // eval_loss of checkpoints against transformers
 mod inspect; // log forensics, lint, eval, comparison
 mod model; // forward and backward against PyTorch and candle's autograd
+mod numerics; // what arithmetic is, seen from outside; faults found and told apart
 mod replay; // recorded runs replayed to the numbers in their logs
 mod report; // pages and terminal text on made-up results
 mod run; // readers: good files, broken files, generated garbage

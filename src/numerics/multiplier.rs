@@ -1,0 +1,54 @@
+//! What can be asked for dot products: a device's matrix product, or the software model of an arithmetic.
+
+use super::Arithmetic;
+use crate::Result;
+use crate::device::{Compute, DType, Device};
+
+/// A source of dot products whose arithmetic is unknown.
+pub trait Multiplier {
+    /// What its operands are rounded to.
+    fn operand(&self) -> Compute;
+    /// a [rows, k] · b [k] → [rows], accumulated in f32 as far as anybody says.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>>;
+}
+
+impl Multiplier for Arithmetic {
+    fn operand(&self) -> Compute {
+        self.operand
+    }
+    fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
+        Ok(a.chunks_exact(b.len()).map(|row| self.dot(row, b)).collect())
+    }
+}
+
+/// `Device::linear` on a device, seen through one column of its result.
+pub struct DeviceProduct<'d> {
+    pub device: &'d dyn Device,
+    pub compute: Compute,
+    /// Every row is asked this often, and every column of the result holds the same: 1 is a product with a vector,
+    /// which libraries compute by other kernels.
+    pub tile: usize,
+}
+
+impl Multiplier for DeviceProduct<'_> {
+    fn operand(&self) -> Compute {
+        self.compute
+    }
+    fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
+        let stored = match self.compute {
+            Compute::F32 | Compute::Tf32 => DType::F32,
+            Compute::Bf16 => DType::BF16,
+            Compute::F16 => DType::F16,
+        };
+        let (k, tile) = (b.len(), self.tile);
+        let rows: Vec<f32> = a.chunks_exact(k).flat_map(|row| row.repeat(tile)).collect();
+        let x = self.device.upload(&rows, &[rows.len() / k, k], stored)?;
+        let w = self.device.upload(&b.repeat(tile), &[tile, k], stored)?;
+        let y = self.device.download(&self.device.linear(&x, &w, None, self.compute, DType::F32)?)?;
+        // A middle element of each tile, not the first lane of anything.
+        Ok(y.chunks_exact(tile * tile).map(|block| block[block.len() / 2]).collect())
+    }
+}

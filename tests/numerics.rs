@@ -1,0 +1,3 @@
+//! The device's own arithmetic: fingerprint, checksums, triage of faults.
+
+mod fingerprint;
