@@ -1,3 +1,4 @@
 //! The device's own arithmetic: fingerprint, checksums, triage of faults.
 
 mod fingerprint;
+mod triage;

@@ -9,6 +9,7 @@ pub mod demo;
 mod diagnose;
 mod eval;
 mod inspect;
+mod numerics;
 mod preflight;
 mod replay;
 mod sweep;
@@ -43,6 +44,8 @@ pub enum Command {
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
     Sweep(sweep::Args),
     Diagnose(diagnose::Args),
+    /// What this device's arithmetic is, whether it repeats itself, and whether a step of a run can be trusted.
+    Numerics(numerics::Args),
     /// Follow a live log, warn early, keep the evidence.
     Watch(watch::Args),
     /// fp16 against bf16 against fp32: which precision is safe for this run, with which loss scale, and why.
@@ -63,6 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
         Command::Demo(args) => demo::run(args, common),
         Command::Sweep(args) => sweep::run(args, common),
         Command::Diagnose(args) => diagnose::run(args, common),
+        Command::Numerics(args) => numerics::run(args, common),
         Command::Watch(args) => watch::run(args, common),
         Command::Bench(args) => bench::run(args, common),
     }

@@ -9,6 +9,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod hooked;
 pub mod noise;
 pub mod nvml;
 
@@ -74,6 +75,17 @@ pub enum Storage {
     Mapped(cpu::MappedBytes),
     /// Memory of a GPU, in the tensor's dtype.
     Cuda(cuda::Buffer),
+}
+
+impl Storage {
+    /// The same for two tensors that share their memory.
+    pub fn identity(&self) -> usize {
+        match self {
+            Storage::Cpu(buffer) => Arc::as_ptr(buffer) as usize,
+            Storage::Mapped(bytes) => bytes.map.as_ptr() as usize + bytes.offset,
+            Storage::Cuda(buffer) => buffer.address() as usize,
+        }
+    }
 }
 
 impl Tensor {

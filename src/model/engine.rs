@@ -3,6 +3,7 @@
 //! Owns chunking, recomputation and what a pass returns. Blocks and lm_head are `block` and `head`; what is done
 //! with losses and gradients is `step`'s.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::context::Context;
@@ -105,6 +106,16 @@ impl Engine {
     }
     pub fn plan(&self) -> &PrecisionPlan {
         &self.plan
+    }
+
+    /// Paths of the frozen weights by [`Storage::identity`](crate::device::Storage::identity).
+    pub fn weight_names(&self) -> HashMap<usize, String> {
+        // A tied lm_head is the embedding's memory; the first name is kept.
+        let mut names = HashMap::new();
+        for (name, weight) in self.held.named() {
+            names.entry(weight.storage.identity()).or_insert(name);
+        }
+        names
     }
 
     /// Forward and backward over all micro-batches of `batch`. `seeds[i]` is d(back-propagated loss) / d(s_i) of

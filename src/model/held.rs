@@ -36,6 +36,20 @@ pub(super) struct Held {
     pub head: Tensor,
 }
 
+impl Held {
+    /// Every tensor with its module's path.
+    pub fn named(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let outside = [("embed_tokens", &self.embedding), ("norm", &self.final_norm), ("lm_head", &self.head)];
+        let layers = self.layers.iter().enumerate().flat_map(|(layer, held)| {
+            let norms = [("input_layernorm", &held.input_norm), ("post_attention_layernorm", &held.post_norm)];
+            let heads = held.head_norms.iter().flat_map(|(q, k)| [("self_attn.q_norm", q), ("self_attn.k_norm", k)]);
+            let norms = norms.into_iter().chain(heads).map(move |(name, w)| (format!("layers.{layer}.{name}"), w));
+            norms.chain(Projection::ALL.iter().zip(&held.linears).map(move |(p, linear)| (p.path(layer), &linear.w)))
+        });
+        outside.into_iter().map(|(name, w)| (name.to_owned(), w)).chain(layers)
+    }
+}
+
 /// One bit of a frozen weight inverted, for the duration of a pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WeightFlip {
