@@ -10,7 +10,7 @@ use crate::device::hooked::{Call, Hook};
 use crate::device::{Device, Tensor};
 
 /// One operation's results, digested row by row.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Mark {
     pub operation: &'static str,
     /// Memory of its operands, to find the weight among them.

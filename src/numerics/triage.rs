@@ -253,10 +253,11 @@ pub fn examine(
 
 /// Where a repeat parts from the majority; whether no two repeats agree.
 fn odd_one(trails: &[Vec<Mark>], names: &HashMap<usize, String>) -> (Option<Location>, bool) {
-    let Some(common) = trails.iter().find(|a| trails.iter().filter(|b| b == a).count() * 2 > trails.len()) else {
+    let same = |a: &[Mark], b: &[Mark]| parting(a, b, names).is_none();
+    let Some(common) = trails.iter().find(|a| trails.iter().filter(|b| same(a, b)).count() * 2 > trails.len()) else {
         let parted = trails.first().zip(trails.get(1)).and_then(|(a, b)| parting(a, b, names));
         return (parted, true);
     };
-    let odd = trails.iter().find(|trail| *trail != common);
+    let odd = trails.iter().find(|trail| !same(trail, common));
     (odd.and_then(|odd| parting(common, odd, names)), false)
 }
