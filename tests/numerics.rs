@@ -1,4 +1,5 @@
 //! The device's own arithmetic: fingerprint, checksums, triage of faults.
 
+mod checksum;
 mod fingerprint;
 mod triage;

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::checks::Weights;
 use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Tensor};
 use crate::Result;
 
@@ -168,6 +169,9 @@ impl Device for Hooked {
     }
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
         self.inner.norms(x, units)
+    }
+    fn row_checks(&self, x: &Tensor, weights: Option<Weights<'_>>) -> Result<Vec<(f64, f64)>> {
+        self.inner.row_checks(x, weights)
     }
 
     // ---- data movement that rounds or reorders

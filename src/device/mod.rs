@@ -7,6 +7,7 @@
 //!
 //! All unsafe code of the crate lives below this folder.
 
+pub mod checks;
 pub mod cpu;
 pub mod cuda;
 pub mod hooked;
@@ -411,6 +412,12 @@ pub trait Device: Send + Sync {
             norms.extend(self.norms(&scaled, &[0, x.rows()])?);
         }
         Ok(norms)
+    }
+    /// Per row of x [n, c]: Σ x·w and Σ |x|·a in f64, w and a of c elements; without them Σ x and Σ |x|. Not a part
+    /// of the step: the device's own sums, for checksums of products.
+    fn row_checks(&self, x: &Tensor, weights: Option<checks::Weights<'_>>) -> Result<Vec<(f64, f64)>> {
+        let values = self.download(x)?;
+        Ok(values.chunks_exact(x.columns().max(1)).map(|row| checks::row_check(row, weights)).collect())
     }
 }
 

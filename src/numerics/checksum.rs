@@ -5,11 +5,13 @@
 //! γ_k Σ|x||w| with γ_k = k·u/(1 − k·u), u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §3.1),
 //! rounding to the result's dtype by half a unit in the last place of each element. Whatever exceeds both is no rounding.
 
-use std::sync::Mutex;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 
 use crate::Result;
+use crate::device::checks::{column_checks, row_check};
 use crate::device::hooked::{Call, Hook, Product};
 use crate::device::noise::half_ulp;
 use crate::device::{Compute, DType, Device, Tensor};
@@ -30,92 +32,125 @@ pub struct Violation {
 struct Found {
     products: u64,
     violations: Vec<Violation>,
+    /// Sums of frozen weights, with the tensor whose memory they belong to: while it is held, its address is its own.
+    weights: HashMap<(usize, bool, Compute), (Tensor, Arc<Sums>)>,
 }
 
-/// The hook that checks every forward product and input gradient, and weight gradients by unit.
+/// Σ and Σ|·| of a matrix's rows or columns.
+type Sums = (Vec<f64>, Vec<f64>);
+
+/// A matrix of fewer elements is summed anew each time: adapters change with every step.
+const WORTH_KEEPING: usize = 1 << 16;
+/// Kept sums; beyond it all are dropped.
+const KEPT: usize = 4096;
+
+/// The hook that checks every product.
 #[derive(Default)]
 pub struct Checksums(Mutex<Found>);
 
 impl Checksums {
     /// Products seen and what was wrong with them, first the earliest.
     pub fn found(&self) -> (u64, Vec<Violation>) {
-        let found = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (found.products, found.violations.clone())
     }
-}
 
-/// left [n, k] · right [k, m] as the rows of a product see it: elements by row and column.
-struct Operands<'o> {
-    left: &'o [f32],
-    /// Element (row, k) of left.
-    left_at: (usize, usize),
-    right: &'o [f32],
-    /// Element (k, column) of right.
-    right_at: (usize, usize),
-    size: (usize, usize, usize),
-    bias: Option<&'o [f32]>,
-}
-
-impl Operands<'_> {
-    /// Per k: Σ_columns right and Σ_columns |right|.
-    fn column_sums(&self) -> Vec<(f64, f64)> {
-        let (_, inner, columns) = self.size;
-        let mut sums = vec![(0f64, 0f64); inner];
-        let mut add = |k: usize, c: usize| {
-            let value = f64::from(self.right[k * self.right_at.0 + c * self.right_at.1]);
-            sums[k].0 += value;
-            sums[k].1 += value.abs();
-        };
-        // In the order in which the elements lie.
-        if self.right_at.0 < self.right_at.1 {
-            (0..columns).for_each(|c| (0..inner).for_each(|k| add(k, c)));
-        } else {
-            (0..inner).for_each(|k| (0..columns).for_each(|c| add(k, c)));
+    /// Sums of a right operand over its rows (`over_rows`) or columns.
+    fn sums(&self, device: &dyn Device, w: &Tensor, compute: Compute, over_rows: bool) -> Result<Arc<Sums>> {
+        let key = (w.storage.identity(), over_rows, compute);
+        if let Some((_, sums)) = self.0.lock().unwrap_or_else(PoisonError::into_inner).weights.get(&key) {
+            return Ok(Arc::clone(sums));
         }
-        sums
+        let rounded = operand(device, w, compute)?;
+        let sums = Arc::new(if over_rows {
+            column_checks(&device.download(&rounded)?, w.columns())
+        } else {
+            device.row_checks(&rounded, None)?.into_iter().unzip()
+        });
+        if w.elements() >= WORTH_KEEPING {
+            let kept = &mut self.0.lock().unwrap_or_else(PoisonError::into_inner).weights;
+            if kept.len() >= KEPT {
+                kept.clear();
+            }
+            kept.insert(key, (w.clone(), Arc::clone(&sums)));
+        }
+        Ok(sums)
     }
 
-    /// The first row of y [n, m] whose sum is off by more than rounding.
-    fn first_wrong(&self, y: &[f32], out: DType) -> Option<(usize, f64, f64)> {
-        let (rows, inner, columns) = self.size;
-        let sums = self.column_sums();
-        let bias = self
-            .bias
-            .map_or((0.0, 0.0), |b| b.iter().fold((0.0, 0.0), |(s, a), &x| (s + f64::from(x), a + f64::from(x).abs())));
-        let roundings = (inner + 1) as f64 * f64::from(f32::EPSILON) / 2.0;
-        let gamma = roundings / (1.0 - roundings);
-        (0..rows).find_map(|row| {
-            let (mut expected, mut weight) = bias;
-            for (k, (sum, absolute)) in sums.iter().enumerate() {
-                let x = f64::from(self.left[row * self.left_at.0 + k * self.left_at.1]);
-                expected += x * sum;
-                weight += x.abs() * absolute;
+    /// The first row whose sum is off by more than rounding: row, difference, bound.
+    fn check(&self, device: &dyn Device, product: &Product<'_>, y: &Tensor) -> Result<Option<(usize, f64, f64)>> {
+        let got = device.row_checks(y, None)?;
+        let (expected, terms) = match *product {
+            Product::Forward { x, w, bias, compute } => {
+                let sums = self.sums(device, w, compute, true)?;
+                let mut expected = device.row_checks(&operand(device, x, compute)?, Some((&sums.0, &sums.1)))?;
+                if let Some(bias) = bias {
+                    let own = row_check(&device.download(bias)?, None);
+                    expected.iter_mut().for_each(|e| *e = (e.0 + own.0, e.1 + own.1));
+                }
+                (expected, x.columns() + 1)
             }
-            let line = &y[row * columns..(row + 1) * columns];
-            let (sum, absolute) =
-                line.iter().fold((0f64, 0f64), |(s, a), &v| (s + f64::from(v), a + f64::from(v).abs()));
-            // Non-finite operands make non-finite sums: what comes out must be non-finite as well, and no more can be said.
-            if !expected.is_finite() {
-                return None;
+            Product::InputGrad { dy, w, compute } => {
+                let sums = self.sums(device, w, compute, false)?;
+                (device.row_checks(&operand(device, dy, compute)?, Some((&sums.0, &sums.1)))?, dy.columns())
             }
-            let own = if out == DType::F32 { f64::from(half_ulp(DType::F32)) } else { f64::from(half_ulp(out)) };
-            // Results below the dtype's normal range round by a fixed amount each.
-            let tiny = columns as f64 * if out == DType::F16 { 2f64.powi(-25) } else { 2f64.powi(-134) };
-            let bound = gamma * weight + own * absolute.max(expected.abs()) + tiny;
-            let difference = (sum - expected).abs();
-            // NaN counts as wrong.
-            (!(difference <= bound)).then_some((row, difference, bound))
-        })
+            Product::WeightGrad { dy, x, units, compute } => {
+                let tokens = device.row_checks(&operand(device, x, compute)?, None)?;
+                let dy = device.download(&operand(device, dy, compute)?)?;
+                let longest = units.windows(2).map(|u| u[1] - u[0]).max().unwrap_or(0);
+                (weight_grad_sums(&dy, &tokens, units), longest)
+            }
+        };
+        Ok(first_wrong(&got, &expected, terms, y))
     }
 }
 
-/// A tensor's elements as the product rounds them.
-fn operand(device: &dyn Device, x: &Tensor, compute: Compute) -> Result<Vec<f32>> {
+/// Per unit and row of dyᵀ·x: Σ_k dy[k, row] · (Σ of x's row k).
+fn weight_grad_sums(dy: &[f32], tokens: &[(f64, f64)], units: &[usize]) -> Vec<(f64, f64)> {
+    let rows = dy.len() / tokens.len().max(1);
+    let mut all = Vec::with_capacity(rows * units.len());
+    for unit in units.windows(2) {
+        let mut sums = vec![(0f64, 0f64); rows];
+        for k in unit[0]..unit[1] {
+            for (sum, &d) in sums.iter_mut().zip(&dy[k * rows..(k + 1) * rows]) {
+                sum.0 += f64::from(d) * tokens[k].0;
+                sum.1 += f64::from(d).abs() * tokens[k].1;
+            }
+        }
+        all.extend(sums);
+    }
+    all
+}
+
+/// `got` and `expected` per row of y: its sum with the sum of its magnitudes, and both from the operands.
+fn first_wrong(got: &[(f64, f64)], expected: &[(f64, f64)], terms: usize, y: &Tensor) -> Option<(usize, f64, f64)> {
+    let roundings = terms as f64 * f64::from(half_ulp(DType::F32));
+    let gamma = roundings / (1.0 - roundings);
+    // Results below the dtype's normal range round by a fixed amount each; some units flush subnormals.
+    let tiny = y.columns() as f64 * if y.dtype == DType::F16 { 2f64.powi(-25) } else { 2f64.powi(-125) };
+    got.iter().zip(expected).enumerate().find_map(|(row, (&(sum, size), &(expected, weight)))| {
+        // From operands that are not finite no more can be said.
+        if !weight.is_finite() {
+            return None;
+        }
+        let bound = gamma * weight + f64::from(half_ulp(y.dtype)) * size + tiny;
+        let difference = (sum - expected).abs();
+        // NaN counts as wrong; an overflow of a half dtype does not: the operands ask for it.
+        let overflow = y.dtype == DType::F16 && weight > 65504.0 && !sum.is_finite();
+        (!(difference <= bound) && !overflow).then_some((row, difference, bound))
+    })
+}
+
+/// A tensor as the product rounds it.
+fn operand(device: &dyn Device, x: &Tensor, compute: Compute) -> Result<Tensor> {
     match compute {
-        Compute::Bf16 if x.dtype != DType::BF16 => device.download(&device.cast(x, DType::BF16)?),
-        Compute::F16 if x.dtype != DType::F16 => device.download(&device.cast(x, DType::F16)?),
-        Compute::Tf32 => Ok(device.download(x)?.into_iter().map(tf32).collect()),
-        _ => device.download(x),
+        Compute::Bf16 if x.dtype != DType::BF16 => device.cast(x, DType::BF16),
+        Compute::F16 if x.dtype != DType::F16 => device.cast(x, DType::F16),
+        Compute::Tf32 => {
+            let values: Vec<f32> = device.download(x)?.into_iter().map(tf32).collect();
+            device.upload(&values, &x.shape, DType::F32)
+        }
+        _ => Ok(x.clone()),
     }
 }
 
@@ -128,62 +163,11 @@ fn tf32(x: f32) -> f32 {
     f32::from_bits(bits.wrapping_add(0x0fff + ((bits >> 13) & 1)) & !0x1fff)
 }
 
-/// Checks one product. `None`: every row agrees.
-///
-/// # Errors
-/// Those of the device.
-fn check(device: &dyn Device, product: &Product<'_>, y: &Tensor) -> Result<Option<(usize, f64, f64)>> {
-    let values = device.download(y)?;
-    match *product {
-        Product::Forward { x, w, bias, compute } => {
-            let (left, right) = (operand(device, x, compute)?, operand(device, w, compute)?);
-            let bias = bias.map(|b| device.download(b)).transpose()?;
-            let (n, k, m) = (x.rows(), x.columns(), w.rows());
-            let operands = Operands {
-                left: &left,
-                left_at: (k, 1),
-                right: &right,
-                right_at: (1, k),
-                size: (n, k, m),
-                bias: bias.as_deref(),
-            };
-            Ok(operands.first_wrong(&values, y.dtype))
-        }
-        Product::InputGrad { dy, w, compute } => {
-            let (left, right) = (operand(device, dy, compute)?, operand(device, w, compute)?);
-            let (n, k, m) = (dy.rows(), dy.columns(), w.columns());
-            let operands =
-                Operands { left: &left, left_at: (k, 1), right: &right, right_at: (m, 1), size: (n, k, m), bias: None };
-            Ok(operands.first_wrong(&values, y.dtype))
-        }
-        Product::WeightGrad { dy, x, units, compute } => {
-            let (left, right) = (operand(device, dy, compute)?, operand(device, x, compute)?);
-            let (n, m) = (dy.columns(), x.columns());
-            for (u, unit) in units.windows(2).enumerate() {
-                let operands = Operands {
-                    left: &left[unit[0] * n..unit[1] * n],
-                    left_at: (1, n),
-                    right: &right[unit[0] * m..unit[1] * m],
-                    right_at: (m, 1),
-                    size: (n, unit[1] - unit[0], m),
-                    bias: None,
-                };
-                if let Some((row, difference, bound)) =
-                    operands.first_wrong(&values[u * n * m..(u + 1) * n * m], y.dtype)
-                {
-                    return Ok(Some((u * n + row, difference, bound)));
-                }
-            }
-            Ok(None)
-        }
-    }
-}
-
 impl Hook for Checksums {
     fn after(&self, device: &dyn Device, call: &Call<'_>, result: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let (Some(product), [y]) = (&call.product, result.as_slice()) else { return Ok(result) };
-        let wrong = check(device, product, y)?;
-        let mut found = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let wrong = self.check(device, product, y)?;
+        let mut found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((row, difference, bound)) = wrong {
             let product = found.products;
             found.violations.push(Violation { product, operation: call.operation, row, difference, bound });

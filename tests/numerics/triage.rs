@@ -70,7 +70,7 @@ fn shares(run: &str, step: u64, faults: u64) -> (f64, f64) {
 
 #[test]
 fn transient_and_persistent_faults_are_told_apart_and_found() {
-    let (told, found) = shares(FP32, 2, 12);
+    let (told, found) = shares(FP32, 2, 8);
     assert!(told >= 0.95 && found >= 0.9, "told apart {told}, found {found}");
 }
 

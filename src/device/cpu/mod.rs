@@ -5,6 +5,7 @@
 
 mod attention;
 mod buffer;
+mod checks;
 mod elementwise;
 mod gemm;
 mod loss;
@@ -22,6 +23,7 @@ mod values;
 pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 
+use super::checks::Weights;
 use super::{AdamW, AttentionShape, Compute, DType, Device, LowRank, Offsets, Statistics, Tensor};
 use crate::Result;
 use values::{expect, tensor, values as values_of};
@@ -207,5 +209,8 @@ impl Device for CpuDevice {
     }
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
         self.norms_impl(x, units)
+    }
+    fn row_checks(&self, x: &Tensor, weights: Option<Weights<'_>>) -> Result<Vec<(f64, f64)>> {
+        self.row_checks_impl(x, weights)
     }
 }
