@@ -179,3 +179,40 @@ fn the_demonstration_carries_every_file_of_its_folder() {
     embedded.sort();
     assert_eq!(on_disk, embedded);
 }
+
+#[test]
+fn numerics_describes_the_device_and_marks_what_no_gpu_confirmed() {
+    let done = output(&["numerics", "--device", "cpu", "--json", "-"]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(json["schema"], "spikeprobe.numerics/1");
+    assert_eq!(json["products"]["f32"]["accumulator_bits"], 24);
+    let published = json["published"].as_array().unwrap();
+    assert!(
+        published.iter().all(|p| p["confirmed"] == false
+            && p["source"].as_str().is_some_and(|s| s.contains("arXiv") || s.contains("PeerJ")))
+    );
+}
+
+#[test]
+fn triage_finds_a_planted_fault_and_exits_with_1() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/runs");
+    let run = "runs/k6-healthy-cos-qwen2-fp32";
+    let triage = |inject: &[&str]| {
+        let common = ["numerics", "--triage", run, "--root", root, "--step", "2", "--device", "cpu", "--json", "-"];
+        Command::new(env!("CARGO_BIN_EXE_spikeprobe")).current_dir(root).args(common).args(inject).output().unwrap()
+    };
+    let clean = triage(&[]);
+    assert_eq!((clean.status.code(), state(&clean).as_str()), (Some(0), "correct"), "{}", text(&clean.stderr));
+    let faulty = triage(&["--inject", "142:0:900:flip=20"]);
+    assert_eq!((faulty.status.code(), state(&faulty).as_str()), (Some(1), "persistent"));
+    assert!(text(&faulty.stderr).contains("layers.3.self_attn.v_proj") && text(&faulty.stderr).contains("try:"));
+    let once = triage(&["--inject", "142:0:900:flip=20:once"]);
+    assert_eq!((once.status.code(), state(&once).as_str()), (Some(1), "transient"));
+    assert_eq!(triage(&["--inject", "x"]).status.code(), Some(2));
+}
+
+fn state(done: &Output) -> String {
+    let json: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap_or_default();
+    json["state"].as_str().unwrap_or_default().to_owned()
+}
