@@ -10,6 +10,7 @@ use super::measure::{ErrorSums, Lost, adam_direction, half_lost_below};
 use super::reference::Reference;
 use super::trajectory::plan;
 use super::{GradientError, LostUpdates, ScaleLimit};
+use crate::device::hooked::Hooked;
 use crate::device::{DType, Device};
 use crate::model::{BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Ragged};
 use crate::probe::Probes;
@@ -92,7 +93,11 @@ pub fn gradients(
     told: &dyn Fn(&str),
 ) -> Result<Vec<Compared>> {
     let device = replayer.shared_device();
-    let reference = engine(replayer, Arc::new(Reference { inner: Arc::clone(&device) }), PrecisionPlan::F32)?;
+    let reference = engine(
+        replayer,
+        Arc::new(Hooked { inner: Arc::clone(&device), hook: Arc::new(Reference) }),
+        PrecisionPlan::F32,
+    )?;
     told("reference gradients with f64 accumulation");
     let works = states.iter().map(|s| work(replayer, s)).collect::<Result<Vec<_>>>()?;
     let mut exact = Vec::new();
