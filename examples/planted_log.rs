@@ -1,8 +1,8 @@
 //! Replays a run with one fault planted and prints the steps as the trainer would have logged them: the cases of
 //! `scripts/generated_cases.py`. An example of the library's entrance.
 //!
-//! `planted_log RUN ROOT [flip=STEP,MODULE,BIT] [pure_bf16] [adapter=STEP,FILE]`: `flip` inverts a bit of the largest
-//! element of lora_B of that module (counted from 0) before that step; `pure_bf16` trains a bf16 adapter;
+//! `planted_log RUN ROOT [flip=STEP,MODULE,BIT] [pure_bf16] [adapter=STEP,FILE]`: `flip` sets a bit of the largest
+//! element of lora_B of that module (counted from 0) that has it at 0, before that step; `pure_bf16` trains a bf16 adapter;
 //! `adapter` keeps the adapter after that step as a safetensors file, as a checkpoint holds it.
 
 use std::collections::BTreeMap;
@@ -74,14 +74,16 @@ fn numbers(text: &str) -> Result<Vec<u64>> {
     text.split(',').map(number).collect()
 }
 
-/// The largest element of lora_B of a module before a step.
+/// The largest element of lora_B of a module that a flip of this bit enlarges.
 fn largest(replayer: &Replayer, flip: &[u64]) -> Result<BitFlip> {
     let &[step, module, bit] = flip else { return Err(Error::input("expected STEP,MODULE,BIT")) };
     let mut keeper = Keeper { at: step - 1, kept: None };
     replayer.replay(&Start::Initial, step - 1, &[], &mut keeper)?;
     let weights = keeper.kept.ok_or_else(|| Error::input("there is no such step"))?;
     let module = &weights.modules[module as usize % weights.modules.len()];
-    let element = (0..module.b.len()).max_by(|&i, &j| module.b[i].abs().total_cmp(&module.b[j].abs())).unwrap_or(0);
+    // Where the bit is 0 the flip makes the element larger.
+    let size = |i: &usize| if module.b[*i].to_bits() >> bit & 1 == 0 { module.b[*i].abs() } else { 0.0 };
+    let element = (0..module.b.len()).max_by(|i, j| size(i).total_cmp(&size(j))).unwrap_or(0);
     Ok(BitFlip { step, target: FlipTarget::LoraB, tensor: module.path.clone(), element, bit: bit as u32 })
 }
 

@@ -12,7 +12,7 @@ is tested.
 The rule that decides what is right, the same for all kinds and without a look at the diagnosis:
 - Each case is computed twice: planted, and as the same run with that one thing put back. Where the run put back is
   not healthy itself (a row above twice the lowest of the three before it, or anything not finite or 0), the case is
-  no single change of a healthy run and is drawn again.
+  no single change of a healthy run and is drawn again; so is a jump of the schedule before which the run was not.
 - The planted thing is visible if (a) some row lies above the other run's by more than that run's own highest rise,
   and by 1.25 at least, and (b) the planted log shows it by itself: a loss or norm that is not finite, a loss of 0, a row
   above twice the lowest of the three before it and above it by three times (in ln) what four fifths of all rises are, or
@@ -43,7 +43,7 @@ KINDS = {"healthy": "none", "learning_rate": "learning_rate", "data": "data", "g
          "gradient_accumulation": "gradient_accumulation", "schedule": "schedule", "fp16_overflow": "fp16_overflow",
          "leak": "trainer_bookkeeping", "multiple": "trainer_bookkeeping", "masked_labels": "masked_labels",
          "optimizer_state": "optimizer_state", "bf16_rounding": "bf16_rounding", "bit_flip": "hardware"}
-TRIES = 6
+TRIES = 12
 
 
 def base(rng):
@@ -77,7 +77,7 @@ def pair(kind, rng):
         back = dict(gradient_accumulation_steps=8, num_train_epochs=3.2)
     if kind == "schedule":
         c.update(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}, num_train_epochs=5.0,
-                 learning_rate=rng.uniform(5e-3, 1e-2), adam_beta2=0.95)
+                 learning_rate=rng.uniform(4e-3, 9.5e-3), adam_beta2=0.95)
         back = dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=None)
     if kind == "fp16_overflow":
         c.pop("bf16", None)
@@ -102,7 +102,7 @@ def pair(kind, rng):
                  model_name_or_path=f"models/{rng.choice(MODELS[:3])}")
         options = ["pure_bf16"]
     if kind == "bit_flip":
-        options = [f"flip={rng.randrange(22, 33)},{rng.randrange(28)},{rng.choice([26, 27, 28, 29, 30])}"]
+        options = [f"flip={rng.randrange(22, 33)},{rng.randrange(28)},{rng.choice([25, 26, 30])}"]
     return dict(config=c, versions=versions, options=options), dict(config={**c, **back}, versions=back_versions, options=[])
 
 
@@ -182,6 +182,13 @@ def healthy(history):
     return not broken(history) and max(rises([h["loss"] for h in history])) < math.log(2)
 
 
+def restart(history):
+    """Index of the first row whose learning rate has jumped back up."""
+    rates = [h["learning_rate"] for h in history]
+    jumps = [i for i in range(2, len(rates)) if rates[i] > 2 * rates[i - 1] and rates[i - 1] < max(rates[:i]) / 2]
+    return jumps[0] if jumps else len(rates)
+
+
 def visible(kind, planted, back):
     """The docstring's rule."""
     if broken(planted):
@@ -229,6 +236,8 @@ def make(kind, folder, options, rng):
             at = min(len(reference), int(planted["options"][0].split("=")[1].split(",")[0]) + 1)
         history = run.checkpoint(at) if at else run.log()
         run.write(history)
+    if kind == "schedule" and not healthy(history[:restart(history)]):
+        return None
     if kind == "leak":
         reference = Planted(folder / "put-back", options.root, source, {**back, "versions": NEW}, options.example).log()
     return (run, victim, visible(kind, history, reference)) if healthy(reference) else None

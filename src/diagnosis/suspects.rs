@@ -49,6 +49,14 @@ impl Bench<'_, '_> {
         Ok(rows::suspects(&steps, earlier, earlier).iter().any(|s| s.micro_batch == suspect.micro_batch))
     }
 
+    /// The suspect is the only row of its window and no worse than what the run started from: a row of a kind that has
+    /// hardly been seen yet, not a bad one.
+    pub(super) fn hard_window(&self, suspect: &Suspect) -> bool {
+        let record = self.out.baseline.iter().find(|r| r.step == suspect.step);
+        let alone = record.is_some_and(|r| r.micro_batches.len() == 1 && r.micro_batches[0].rows.len() == 1);
+        alone && self.subject.points.first().is_some_and(|first| suspect.loss < first.loss)
+    }
+
     /// Of a micro-batch with several rows, those that stand out alone.
     fn without_bystanders(&mut self, suspect: Suspect) -> Result<Suspect> {
         if suspect.rows.len() < 2 {
