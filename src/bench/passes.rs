@@ -12,8 +12,8 @@ use super::trajectory::plan;
 use super::{GradientError, LostUpdates, ScaleLimit};
 use crate::device::hooked::Hooked;
 use crate::device::{DType, Device};
-use crate::model::{BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Ragged};
-use crate::probe::Probes;
+use crate::model::{BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Projection, Ragged};
+use crate::probe::{Part, Probes, Role, Site};
 use crate::replay::Replayer;
 use crate::step::{Rule, TrainState};
 use crate::{Error, Result};
@@ -146,7 +146,7 @@ fn matrix_names(state: &TrainState) -> Vec<String> {
 /// Predicts the loss scale at which fp16's backward pass overflows, and tries half and twice of it.
 ///
 /// A backward tensor grows in proportion to the scale, so the scale that fails is 65504 over the largest magnitude
-/// at a scale of 1.
+/// at a scale of 1 (times alpha / r where the tensor enters a LoRA branch).
 ///
 /// # Errors
 /// Those of the passes.
@@ -171,14 +171,13 @@ pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLi
                 sites: Vec::new(),
             });
         }
-        let backward = || output.measurements.iter().filter(|m| m.site.is_backward() && m.dtype == DType::F16);
-        for m in backward().filter(|m| m.statistics.max_abs > 0.0) {
-            let fails = FP16_MAX / f64::from(m.statistics.max_abs);
+        for m in output.measurements.iter().filter(|m| m.site.is_backward() && m.dtype == DType::F16) {
+            let fails = FP16_MAX / (f64::from(m.statistics.max_abs) * branch(state, m.site));
+            if !fails.is_finite() {
+                continue;
+            }
             let known = by_site.entry(m.site.to_string()).or_insert(fails);
             *known = known.min(fails);
-        }
-        if let Some(m) = backward().max_by(|a, b| a.statistics.max_abs.total_cmp(&b.statistics.max_abs)) {
-            let fails = FP16_MAX / f64::from(m.statistics.max_abs);
             if lowest.as_ref().is_none_or(|(l, _, _)| fails < *l) {
                 lowest = Some((fails, m.site.to_string(), state));
             }
@@ -192,6 +191,19 @@ pub fn scale_limit(replayer: &Replayer, states: &[TrainState]) -> Result<ScaleLi
     let mut sites: Vec<(String, f64)> = by_site.into_iter().collect();
     sites.sort_by(|a, b| a.1.total_cmp(&b.1));
     Ok(ScaleLimit { fails_at: Some(fails_at), site: Some(site), step: state.step, confirmed, at_half, at_twice, sites })
+}
+
+/// Factor on a site's magnitude that the LoRA branch puts on it before the next product: the gradient of an adapted
+/// linear's output is multiplied by alpha / r and rounded to fp16 on its way to B.
+fn branch(state: &TrainState, site: Site) -> f64 {
+    let adapted =
+        |layer: usize, of: Projection| state.adapter.modules.iter().any(|m| m.layer == layer && m.projection == of);
+    match (site.layer, site.part, site.role) {
+        (Some(layer), Part::Projection(of), Role::OutputGrad) if adapted(layer, of) => {
+            f64::from(state.adapter.scaling).max(1.0)
+        }
+        _ => 1.0,
+    }
 }
 
 /// Multiples of the run's learning rate at which lost updates are counted.

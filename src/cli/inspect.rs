@@ -32,8 +32,9 @@ pub struct Args {
 pub fn run(args: &Args, common: &Common) -> Result<()> {
     let open = |path: &Path| Run::open_for_inspection(path, &common.root, &common.versions);
     let run = open(&args.run)?;
-    let mut findings = inspect::inspect(&run);
-    let corpus = match Corpus::load(&run, &run.config) {
+    // A long log and many rows are both work: side by side.
+    let (mut findings, corpus) = rayon::join(|| inspect::inspect(&run), || Corpus::load(&run, &run.config));
+    let corpus = match corpus {
         Ok(corpus) => Some(corpus),
         Err(e) => {
             common.remark(&format!("the data rows were not inspected: {e}"));

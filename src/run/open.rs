@@ -215,9 +215,19 @@ impl OutputFiles {
         };
         let mut remarks = Vec::new();
         let log = Some(output.join("trainer_log.jsonl")).filter(|p| p.is_file());
-        let log = log.map(|p| TrainerLog::read(&p)).transpose()?;
+        // Two files of up to tens of megabytes: side by side.
+        let state_file = output.join("trainer_state.json");
+        let (log, state) = rayon::join(
+            || log.map(|p| TrainerLog::read(&p)).transpose(),
+            || {
+                let mut remarks = Vec::new();
+                (note(&state_file, TrainerState::read, &mut remarks), remarks)
+            },
+        );
+        let log = log?;
+        let (state, said) = state;
+        remarks.extend(said);
         let mut optional = |path: PathBuf| note(&path, TrainerState::read, &mut remarks);
-        let state = optional(output.join("trainer_state.json"));
         let checkpoints = Checkpoint::list(&output)?;
         // Newest first: a later state repeats the earlier ones' history.
         let checkpoint_states =
