@@ -42,6 +42,11 @@ impl Bench<'_, '_> {
         }
         self.out.evidence.baseline.matches_after = self.matches_after()?;
         if self.out.evidence.baseline.perturbed_with_spike == 0 {
+            // The device that is to convict another one is heard first.
+            self.out.evidence.baseline.arithmetic = match self.lab.arithmetic(step) {
+                Err(error) if error.kind == Kind::Interrupted => return Err(error),
+                asked => asked.unwrap_or(None),
+            };
             self.out.evidence.fault = Some(hardware::locate(self.subject, self.lab, &self.near, step, self.budget)?);
         }
         Ok(())

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{Cause, Fault, RowBlame, SpikeKind};
+use crate::numerics::State;
 
 /// Everything known about one spike.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +46,8 @@ pub struct Baseline {
     pub perturbed_with_spike: usize,
     /// From the next checkpoint on the replay matches the log again.
     pub matches_after: bool,
+    /// How this device computes the spike's step, where that was asked: the same twice, as another device does?
+    pub arithmetic: Option<State>,
 }
 
 /// The steps from the start point to the spike, replay against log.

@@ -132,6 +132,7 @@ fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
             perturbed: 0,
             perturbed_with_spike: 0,
             matches_after: false,
+            arithmetic: None,
         },
         trials: Vec::new(),
         window_without_labels: false,

@@ -2,12 +2,15 @@
 //!
 //! Everything that decides is on this side of [`Laboratory`]; a test puts a scripted one behind it.
 
+use std::sync::Arc;
+
 use super::detect;
 use super::height::Point;
 use crate::batches::{Corpus, RowId};
-use crate::device::DType;
-use crate::device::Device;
+use crate::device::cpu::CpuDevice;
+use crate::device::{DType, Device};
 use crate::model::PrecisionPlan;
+use crate::numerics::{Bench, Effort, State, examine};
 use crate::probe::{Measurement, Probes};
 use crate::replay::{Intervention, Start, Trace};
 use crate::replay::{Observer, Replayer, Silent};
@@ -34,6 +37,14 @@ pub trait Laboratory {
     /// # Errors
     /// What cannot be replayed.
     fn measure(&mut self, start: &Start, step: u64) -> Result<Vec<Measurement>>;
+
+    /// Whether this device computes `step` the same way every time, and as another device does; `None`: cannot be asked.
+    ///
+    /// # Errors
+    /// What cannot be replayed.
+    fn arithmetic(&mut self, _step: u64) -> Result<Option<State>> {
+        Ok(None)
+    }
 
     /// How many results so far were not computed but found.
     fn cached(&self) -> u64 {
@@ -67,6 +78,12 @@ impl Laboratory for ReplayLaboratory<'_> {
         let mut meter = Meter { at: step, measured: Vec::new() };
         self.replayer.replay(start, step, &[], &mut meter)?;
         Ok(meter.measured)
+    }
+
+    fn arithmetic(&mut self, step: u64) -> Result<Option<State>> {
+        let bench = Bench::open(self.replayer.source().clone(), self.replayer.shared_device(), step)?;
+        let trusted: Arc<dyn Device> = Arc::new(CpuDevice::new(None)?);
+        examine(&bench, &trusted, Effort::default(), None).map(|evidence| Some(evidence.state()))
     }
 }
 

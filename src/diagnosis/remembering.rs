@@ -11,6 +11,7 @@ use super::archive::Archive;
 use super::laboratory::Laboratory;
 use crate::Result;
 use crate::device::{DType, Statistics};
+use crate::numerics::State;
 use crate::probe::Measurement;
 use crate::replay::{Intervention, Start, Trace, record_json, record_of};
 use crate::run::{AdapterModule, AdapterWeights};
@@ -82,6 +83,12 @@ impl Laboratory for Remembering<'_> {
         let encode =
             |all: &Vec<Measurement>| Value::from_iter(all.iter().map(measurement_json)).to_string().into_bytes();
         self.ask(&format!("measure {start:?} {step}"), decode, encode, |lab| lab.measure(start, step))
+    }
+
+    fn arithmetic(&mut self, step: u64) -> Result<Option<State>> {
+        let decode = |body: &[u8]| serde_json::from_slice(body).ok();
+        let encode = |state: &Option<State>| json!(state).to_string().into_bytes();
+        self.ask(&format!("arithmetic {step}"), decode, encode, |lab| lab.arithmetic(step))
     }
 
     fn cached(&self) -> u64 {

@@ -2,6 +2,7 @@
 
 use super::evidence::{Evidence, Match};
 use super::{Cause, Confidence, RowBlame, SpikeKind};
+use crate::numerics::State;
 
 pub fn of(evidence: &Evidence, cause: Cause, confidence: Confidence) -> String {
     let step = evidence.step;
@@ -59,6 +60,19 @@ pub fn of(evidence: &Evidence, cause: Cause, confidence: Confidence) -> String {
 }
 
 fn hardware(evidence: &Evidence) -> String {
+    let here = match evidence.baseline.arithmetic {
+        Some(State::Correct) => {
+            " The device of this replay repeats the step bit for bit and agrees with a recomputation."
+        }
+        Some(State::Transient | State::Persistent) => {
+            " The device of this replay computes the step wrongly as well: see spikeprobe numerics --triage."
+        }
+        Some(State::OrderDependent | State::Undetermined) | None => "",
+    };
+    format!("{}{here}", fault(evidence))
+}
+
+fn fault(evidence: &Evidence) -> String {
     let step = evidence.step;
     match &evidence.fault {
         Some(fault) if fault.proved => format!(

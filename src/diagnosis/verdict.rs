@@ -6,6 +6,7 @@
 
 use super::evidence::{Evidence, Match, Trial};
 use super::{Cause, Confidence, SpikeKind, Verdict};
+use crate::numerics::State;
 
 /// The verdict on one spike.
 pub fn judge(evidence: &Evidence) -> Verdict {
@@ -67,6 +68,10 @@ fn absent(evidence: &Evidence, sufficient: &[&Trial]) -> (Cause, Confidence) {
     let chaotic = baseline.perturbed_with_spike > 0;
     if baseline.departs_at_spike && baseline.before == Match::Close && !chaotic {
         let proved = evidence.fault.as_ref().is_some_and(|f| f.proved);
+        // Another order of additions moves the step as far as the log lies from the replay.
+        if !proved && baseline.arithmetic == Some(State::OrderDependent) {
+            return (Cause::Nondeterminism, Confidence::Moderate);
+        }
         let confidence = match (proved, baseline.matches_after) {
             (true, _) => Confidence::Strong,
             (false, true) => Confidence::Moderate,

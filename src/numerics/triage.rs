@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::trail::{Location, Mark, Trail, near, parting};
 use super::{Checksums, Faults, Mismatch, Recompute, Reorder, Violation};
@@ -40,7 +40,7 @@ pub struct Evidence {
 }
 
 /// What a step says about the arithmetic it was computed with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// The same bits every time, and those of another device.

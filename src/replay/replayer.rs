@@ -145,6 +145,10 @@ impl Replayer {
     pub fn run(&self) -> &Run {
         &self.scene.run
     }
+    /// Where the run lies.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
     /// The rows as they were.
     pub fn corpus(&self) -> &Corpus {
         &self.scene.corpus

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use spikeprobe::diagnosis::evidence::{Baseline, Evidence, Match, Trial};
 use spikeprobe::diagnosis::verdict::judge;
 use spikeprobe::diagnosis::{Cause, Confidence, Fault, RowBlame, SpikeKind};
+use spikeprobe::numerics::State;
 
 fn reproduced(trials: &[(Cause, f64)]) -> Evidence {
     let trial = |&(cause, height): &(Cause, f64)| Trial {
@@ -25,6 +26,7 @@ fn reproduced(trials: &[(Cause, f64)]) -> Evidence {
             perturbed: 0,
             perturbed_with_spike: 0,
             matches_after: true,
+            arithmetic: None,
         },
         trials: trials.iter().map(trial).collect(),
         window_without_labels: false,
@@ -97,6 +99,17 @@ fn a_departure_at_the_spike_after_a_match_is_hardware_and_a_proved_bit_makes_it_
         message: "bit 26 of layers.1.self_attn.o_proj lora_B[966]".into(),
     });
     assert_eq!(judge(&evidence).confidence, Confidence::Strong);
+}
+
+#[test]
+fn a_step_that_another_order_of_additions_moves_as_far_is_nondeterminism_unless_a_bit_is_proved() {
+    let mut evidence = absent();
+    evidence.baseline.arithmetic = Some(State::OrderDependent);
+    assert_eq!(judge(&evidence).cause, Cause::Nondeterminism);
+    for state in [State::Correct, State::Undetermined, State::Transient, State::Persistent] {
+        evidence.baseline.arithmetic = Some(state);
+        assert_eq!(judge(&evidence).cause, Cause::Hardware, "{state:?}");
+    }
 }
 
 #[test]
