@@ -93,7 +93,7 @@ impl Evidence {
     /// grows again past the spike, the one that leaves least. A bisection's later trials change less.
     pub fn smallest_change(&self, cause: Cause) -> Option<(usize, &Trial)> {
         let sufficient = || self.trials.iter().enumerate().filter(|(_, t)| t.cause == cause && self.removes(t));
-        let clean = sufficient().filter(|(_, t)| t.height <= CLEAN * self.reference_height()).last();
+        let clean = sufficient().rfind(|(_, t)| t.height <= CLEAN * self.reference_height());
         clean.or_else(|| sufficient().min_by(|a, b| a.1.height.total_cmp(&b.1.height)))
     }
     /// At least half of the height is gone. A NaN height is not gone.
