@@ -154,10 +154,22 @@ mod tests {
         assert_eq!(of(&exact).ok(), Some(Found::Exact));
     }
 
+    /// A library that sums k in parts of 1024 and adds the parts.
+    struct InParts;
+
+    impl Multiplier for InParts {
+        fn operand(&self) -> Compute {
+            Compute::F32
+        }
+        fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
+            let parts = a.chunks(1024).zip(b.chunks(1024));
+            Ok(vec![parts.map(|(a, b)| Arithmetic::FMA.dot(a, b)).sum()])
+        }
+    }
+
     #[test]
-    fn a_long_sequence_has_no_cut_and_two_accumulators_show() {
+    fn a_long_sequence_has_no_cut_and_parts_show_where_they_start() {
         assert_eq!(cuts(&Arithmetic::FMA).ok(), Some(vec![]));
-        let halves = Arithmetic { block: 1, order: Order::Lanes { lanes: 2 }, ..Arithmetic::FMA };
-        assert!(cuts(&halves).is_ok_and(|cuts| !cuts.is_empty()));
+        assert_eq!(cuts(&InParts).ok(), Some(vec![1024, 2048, 3072]));
     }
 }
