@@ -23,6 +23,12 @@ pub trait Hook: Send + Sync {
     }
 }
 
+/// An operation to be run again, with its results.
+pub type Again<'c> = &'c dyn Fn(&Elsewhere<'_>) -> Result<Vec<Tensor>>;
+
+/// An operation in place, on the tensors it changes.
+type InPlace<'c> = &'c dyn Fn(&dyn Device, &mut [&mut Tensor], &Elsewhere<'_>) -> Result<()>;
+
 /// One operation with its operands.
 pub struct Call<'c> {
     /// The method of [`Device`].
@@ -30,7 +36,7 @@ pub struct Call<'c> {
     pub operands: &'c [&'c Tensor],
     pub product: Option<Product<'c>>,
     /// The operation once more, on any device. None for one in place, unless [`Hook::repeats_in_place`].
-    pub again: Option<&'c dyn Fn(&Elsewhere<'_>) -> Result<Vec<Tensor>>>,
+    pub again: Option<Again<'c>>,
 }
 
 /// The operands of a matrix product.
@@ -91,8 +97,6 @@ pub struct Hooked {
     pub hook: Arc<dyn Hook>,
 }
 
-type Again<'c> = &'c dyn Fn(&Elsewhere<'_>) -> Result<Vec<Tensor>>;
-
 impl Hooked {
     fn seen<const N: usize>(
         &self,
@@ -111,7 +115,7 @@ impl Hooked {
         &self,
         operation: &'static str,
         mut tensors: [&mut Tensor; N],
-        operate: &dyn Fn(&dyn Device, &mut [&mut Tensor], &Elsewhere<'_>) -> Result<()>,
+        operate: InPlace<'_>,
     ) -> Result<()> {
         let here = Elsewhere { device: &*self.inner, from: None };
         let copy = |x: &Tensor| self.inner.upload(&self.inner.download(x)?, &x.shape, x.dtype);

@@ -135,9 +135,10 @@ fn first_wrong(got: &[(f64, f64)], expected: &[(f64, f64)], terms: usize, y: &Te
         }
         let bound = gamma * weight + f64::from(half_ulp(y.dtype)) * size + tiny;
         let difference = (sum - expected).abs();
-        // NaN counts as wrong; an overflow of a half dtype does not: the operands ask for it.
+        // An overflow of a half dtype is no fault: the operands ask for it. Anything else that is not finite is.
         let overflow = y.dtype == DType::F16 && weight > 65504.0 && !sum.is_finite();
-        (!(difference <= bound) && !overflow).then_some((row, difference, bound))
+        let wrong = difference > bound || !difference.is_finite();
+        (wrong && !overflow).then_some((row, difference, bound))
     })
 }
 

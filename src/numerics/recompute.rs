@@ -87,15 +87,18 @@ impl Hook for Recompute {
     }
 }
 
-/// The element furthest beyond its bound: (result, element, ours, theirs, bound).
+/// Result, element, our value, theirs, and the bound.
+type Beyond = (usize, usize, f32, f32, f64);
+
+/// The element furthest beyond its bound.
 fn compare(
     device: &dyn Device,
     other: &dyn Device,
     product: Option<&Product<'_>>,
     ours: &[Tensor],
     theirs: &[Tensor],
-) -> Result<Option<(usize, usize, f32, f32, f64)>> {
-    let mut worst: Option<(f64, (usize, usize, f32, f32, f64))> = None;
+) -> Result<Option<Beyond>> {
+    let mut worst: Option<(f64, Beyond)> = None;
     for (result, (x, y)) in ours.iter().zip(theirs).enumerate() {
         let (a, b) = (device.download(x)?, other.download(y)?);
         if a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()) {

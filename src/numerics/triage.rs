@@ -83,7 +83,7 @@ impl Evidence {
 
     fn departs(&self) -> bool {
         // NaN departs.
-        self.distances().iter().any(|&(distance, _, floor)| !(distance <= floor))
+        self.distances().iter().any(|&(distance, _, floor)| distance > floor || distance.is_nan())
     }
 
     /// Whether the log lies no further from the repeats than twice what the orders tried here moved them.

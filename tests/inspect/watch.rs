@@ -131,7 +131,12 @@ fn the_screen_fits_its_terminal_and_shows_the_curve() {
     ];
     let gpu = reading();
     for width in [40, 80, 120] {
-        let view = View { title: "/a/run/with a long name/out", watch: &watch, events: &events, gpus: &[gpu.clone()] };
+        let view = View {
+            title: "/a/run/with a long name/out",
+            watch: &watch,
+            events: &events,
+            gpus: std::slice::from_ref(&gpu),
+        };
         let text = render(&view, Style::plain(width));
         assert!(text.lines().all(|l| l.chars().count() <= width), "{width}:\n{text}");
         assert!(text.lines().count() <= 20, "{text}");
@@ -166,11 +171,11 @@ fn reading() -> Reading {
 fn faults_of_a_gpu_are_told_once() {
     let (quiet, loud) = (reading(), Reading { ecc_uncorrected: Some(2), slowed: Some(true), ..reading() });
     assert_eq!(changes(&[], std::slice::from_ref(&loud), &[]), [], "what was before the watch is no news");
-    assert_eq!(changes(&[quiet.clone()], &[quiet.clone()], &[]), []);
-    let told = changes(&[quiet], &[loud.clone()], &[(0, Report::Xid(79))]);
+    assert_eq!(changes(std::slice::from_ref(&quiet), std::slice::from_ref(&quiet), &[]), []);
+    let told = changes(&[quiet], std::slice::from_ref(&loud), &[(0, Report::Xid(79))]);
     let text = format!("{told:?}");
     assert!(told.len() == 3 && text.contains("fallen off") && text.contains("2 more uncorrected"), "{text}");
-    assert_eq!(changes(&[loud.clone()], &[loud], &[]), []);
+    assert_eq!(changes(std::slice::from_ref(&loud), std::slice::from_ref(&loud), &[]), []);
 }
 
 /// The bindings against a library with nvml.h's functions, compiled here.

@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn buffers_in_use_do_not_overlap() {
         let mut buffers: Vec<Buffer> = (0..20).map(|i| Buffer::copied(&vec![i as f32; POOLED + 37 * i])).collect();
-        buffers.retain(|buffer| buffer[0] as usize % 3 != 0);
+        buffers.retain(|buffer| !(buffer[0] as usize).is_multiple_of(3));
         buffers.extend((20..40).map(|i| Buffer::copied(&vec![i as f32; POOLED + 11 * i])));
         for buffer in &buffers {
             assert!(buffer.iter().all(|&x| x == buffer[0]), "buffer of {}", buffer[0]);

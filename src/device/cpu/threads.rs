@@ -184,7 +184,9 @@ impl Workers {
         }
         let run: *const (dyn Fn(usize) + Sync + '_) = &f;
         // SAFETY: only the lifetime changes; `Close` below outlives every use by a helper.
-        let run = Closure(unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), _>(run) });
+        let run = Closure(unsafe {
+            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync)>(run)
+        });
         let (next, helping, panicked) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
         let job = Arc::new(Job { run, tasks, next, helping, panicked });
         self.team.post(Arc::clone(&job));

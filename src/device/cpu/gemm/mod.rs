@@ -97,7 +97,7 @@ impl CpuDevice {
         }
         let tiles = plan.n.div_ceil(plan.kernel.columns);
         let wanted = (tiles / 6).clamp(threads * 3, threads * 16);
-        let even = |&tasks: &usize| tasks % threads == 0 && tiles % tasks == 0;
+        let even = |&tasks: &usize| tasks.is_multiple_of(threads) && tiles.is_multiple_of(tasks);
         if let Some(even) = (threads * 2..=wanted).rev().find(even) {
             return (1, even);
         }
