@@ -3,6 +3,7 @@
 //! A skip is said aloud; SPIKEPROBE_REQUIRE_CUDA=1 turns it into a failure.
 
 mod attention; // forward and backward over ragged rows, NaN where it belongs
+mod bits; // every bit of PyTorch's bf16 results at widths that show the order of sums
 pub mod compare; // comparisons that fail on NaN, and say index, values and distance
 mod decoder; // norm, rope, gate, loss
 mod independence; // a row or a NaN does not reach its neighbours; the same bits at any thread count and any cut

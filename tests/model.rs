@@ -8,6 +8,8 @@ mod initial; // the seed's adapter
 mod inputs; // broken model folders
 #[path = "model/known_answer.rs"]
 mod known_answer; // tiny_llama: losses, gradients, norms that transformers recorded
+#[path = "model/probes.rs"]
+mod probes; // probes, planted faults, noise, dropout
 #[path = "model/reference.rs"]
 mod reference; // half precision, layer by layer, against PyTorch and fp64
 #[path = "model/support.rs"]

@@ -10,5 +10,9 @@ mod certificate; // verdicts on scripted logs
 mod known_answer; // tiny_llama: four steps, every number
 #[path = "replay/runs.rs"]
 mod runs; // real LLaMA-Factory runs
+#[path = "replay/shapes.rs"]
+mod shapes; // the trainer's own shapes, and candle's second opinion
+#[path = "replay/two_ranks.rs"]
+mod two_ranks; // two data-parallel processes, recorded
 #[path = "replay/version_logs.rs"]
 mod version_logs; // tiny_llama over two epochs of both trainers, and in other precisions

@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::Common;
 use crate::batches::{Corpus, RowId};
 use crate::replay::{
-    Certificate, Comparison, Envelope, Intervention, Observer, Replayer, Reproduction, Start, StepRecord, Trace,
-    certify, step_json, trace_json,
+    CROSS_CHECK_ALLOWED, Certificate, Comparison, CrossCheck, Envelope, Intervention, Observer, Replayer, Reproduction,
+    Start, StepRecord, Trace, certify, cross_check, step_json, trace_json,
 };
 use crate::{Error, Result, error, output};
 
@@ -48,6 +48,14 @@ pub struct Args {
     /// Perturbed replays from which the certificate's envelope is taken.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub envelope: u64,
+    /// Compute each micro-batch alone and padded as the trainer did: slower, and the way to the trainer's own
+    /// matrix products on the same GPU.
+    #[arg(long)]
+    pub exact_shapes: bool,
+    /// Compute the first step, and the one where the log jumps or the replay departs from it, a second time with
+    /// candle's autograd in f32, and compare every gradient.
+    #[arg(long)]
+    pub cross_check: bool,
     /// Write each step as a line of JSON while it is replayed.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -108,8 +116,15 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     let scene = replayer.scene_for(&interventions)?;
     let floor = Envelope::floor(scene.engine.plan());
     let certificate = certify(&scene.run.log.rows, scene.run.semantics.rounds_loss, floor, &trace, &perturbed);
-    common.print(&table(&trace, &certificate, &scene.corpus))?;
-    common.write_json(&trace_json(&trace, &certificate, &scene.run.log.rows, &scene.corpus, cut.is_none()))?;
+    let mut text = table(&trace, &certificate, &scene.corpus);
+    let mut json = trace_json(&trace, &certificate, &scene.run.log.rows, &scene.corpus, cut.is_none());
+    if args.cross_check && cut.is_none() {
+        let checks = cross_checked(&replayer, args, &interventions, &trace, &certificate)?;
+        checks.iter().for_each(|check| text.push_str(&cross_check_lines(check)));
+        json["cross_check"] = checks.iter().map(CrossCheck::json).collect();
+    }
+    common.print(&text)?;
+    common.write_json(&json)?;
     cut.map_or(Ok(()), Err)
 }
 
@@ -126,6 +141,9 @@ impl Args {
         }
         if let Some(precision) = &self.precision {
             all.push(Intervention::Precision(replayer.run().precision()?.plan.with_arithmetic(precision)));
+        }
+        if self.exact_shapes {
+            all.push(Intervention::ExactShapes);
         }
         if let Some(seed) = self.perturb {
             all.push(Intervention::Perturb { seed });
@@ -236,6 +254,43 @@ impl Observer for Recorder<'_> {
         }
         Ok(())
     }
+}
+
+/// The first replayed step computed again by candle, and the one where the log jumps or the replay departs.
+fn cross_checked(
+    replayer: &Replayer,
+    args: &Args,
+    interventions: &[Intervention],
+    trace: &Trace,
+    certificate: &Certificate,
+) -> Result<Vec<CrossCheck>> {
+    let first = trace.steps.first().map(|s| s.step);
+    let telling = certificate.departs_at.or(certificate.bump_at).filter(|&s| Some(s) != first);
+    let steps = first.into_iter().chain(telling);
+    steps.map(|step| cross_check(replayer, &args.from, step, interventions)).collect()
+}
+
+/// What one cross-check means, for people.
+fn cross_check_lines(check: &CrossCheck) -> String {
+    let [candle, wide, run] = check.losses;
+    let mut sorted: Vec<f64> = check.tensors.iter().map(|t| t.relative_l2).collect();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0.0);
+    let (worst, name) = check.worst().map_or((0.0, "-"), |t| (t.relative_l2, t.name.as_str()));
+    let precision = check.tensors.iter().map(|t| t.precision_l2).fold(0.0, f64::max);
+    let meaning = if check.agrees() {
+        "the arithmetic of the replay is confirmed: what parts it from the log lies in the run"
+    } else {
+        "the two implementations disagree: do not trust this replay, and report the model"
+    };
+    format!(
+        "\ncross-check of step {} (candle's autograd, f32, same state and rows): loss {candle:.7} and {wide:.7}; {} \
+         gradients, relative L2 difference {median:.1e} in the median, {worst:.1e} at most ({name}; rounding stays \
+         below {CROSS_CHECK_ALLOWED:.0e}): {meaning}\nthe run's precision gives loss {run:.7} and moves the \
+         gradients by up to {precision:.1e}\n",
+        check.step,
+        check.tensors.len(),
+    )
 }
 
 /// One line a step: replayed against logged.

@@ -171,7 +171,7 @@ pub enum PendingNorms {
 
 /// The attention geometry of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionShape {
+pub struct AttentionShape<'a> {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
@@ -179,6 +179,9 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Keys older than this are masked (mistral's sliding_window).
     pub window: Option<usize>,
+    /// The length that the trainer's batch pads each sequence to; empty: no padding. PyTorch's CPU kernel computes
+    /// the last keys of the padded length by other means, which rounding to half makes visible.
+    pub padded: &'a [usize],
 }
 
 /// A low-rank product x [n, r] · w that is added to a frozen linear's result: x · w [out, r]ᵀ forward, x · w [r, in]

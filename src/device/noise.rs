@@ -18,6 +18,20 @@ pub fn start(seed: u64, stream: u64) -> u64 {
     mix(seed.wrapping_add(WEYL).wrapping_add(mix(stream.wrapping_add(WEYL))))
 }
 
+/// The seed whose elements 0, 1, … of `stream` are the elements `first`, `first` + 1, … of `seed`: what is computed
+/// in parts draws what the whole would.
+pub fn shifted(seed: u64, stream: u64, first: u64) -> u64 {
+    let begin = start(seed, stream).wrapping_add(first.wrapping_mul(WEYL));
+    unmix(begin).wrapping_sub(WEYL).wrapping_sub(mix(stream.wrapping_add(WEYL)))
+}
+
+/// The inverse of [`mix`]: its factors inverted modulo 2^64, its shifts undone.
+fn unmix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 31) ^ (z >> 62)).wrapping_mul(0x3196_42b2_d24d_8ec3);
+    z = (z ^ (z >> 27) ^ (z >> 54)).wrapping_mul(0x96de_1b17_3f11_9089);
+    z ^ (z >> 30) ^ (z >> 60)
+}
+
 #[inline(always)]
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

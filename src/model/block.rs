@@ -57,7 +57,8 @@ impl Sink<'_> {
     }
 }
 
-fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
+fn attention_shape<'a>(cx: &'a Context<'_>, layer: usize) -> AttentionShape<'a> {
+    let config = cx.config;
     AttentionShape {
         heads: config.heads,
         kv_heads: config.kv_heads,
@@ -65,6 +66,7 @@ fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
         // LlamaAttention.scaling: head_dim ** -0.5 in Python's f64.
         scale: (config.head_dim as f64).powf(-0.5) as f32,
         window: config.windows[layer],
+        padded: cx.padded,
     }
 }
 
@@ -90,7 +92,7 @@ pub(super) fn forward(cx: &Context<'_>, layer: usize, h: &Tensor) -> Result<(Ten
     let (v, lora_v) = linear::forward(cx, layer, V, &x)?;
     drop(x);
     let ((q, k), heads) = rotate(cx, layer, q, k)?;
-    let shape = attention_shape(cx.config, layer);
+    let shape = attention_shape(cx, layer);
     let (attention, lse) = cx.device.attention(&q, &k, &v, &cx.batch.rows, &shape, attention_compute(cx))?;
     let attention = cx.observe(site(Part::Attention), attention)?;
     let (o, lora_o) = linear::forward(cx, layer, O, &Operand::new(cx, attention.clone())?)?;
@@ -166,7 +168,7 @@ pub(super) fn backward(
     drop(x);
     let Some(d_attention) = d_attention.finish() else { return Ok(None) };
     let d_attention = cx.observe(Site::block(layer, Part::Attention, Role::OutputGrad), d_attention)?;
-    let shape = attention_shape(cx.config, layer);
+    let shape = attention_shape(cx, layer);
     let (dq, dk, dv) = cx.device.attention_grad(
         &d_attention,
         &saved.q,

@@ -3,7 +3,7 @@
 use super::held::{Held, flip_bit};
 use super::{Adapter, ModelConfig, PassOptions, PrecisionPlan, Ragged, RopeTables};
 use crate::Result;
-use crate::device::{DType, Device, Tensor};
+use crate::device::{DType, Device, Tensor, noise};
 use crate::probe::{Part, Recorder, Role, Site};
 
 pub(super) struct Context<'a> {
@@ -16,6 +16,8 @@ pub(super) struct Context<'a> {
     pub batch: &'a Ragged,
     /// Offsets of units in tokens.
     pub unit_tokens: Vec<usize>,
+    /// Per row of the chunk, the length that the trainer pads it to.
+    pub padded: &'a [usize],
     /// Index in the window of the chunk's first micro-batch, and of its first token.
     pub first_unit: usize,
     pub first_token: usize,
@@ -47,7 +49,10 @@ impl<'a> Context<'a> {
     pub fn perturb(&self, layer: usize, h: Tensor) -> Result<Tensor> {
         match self.options.perturb {
             None => Ok(h),
-            Some(seed) => self.device.perturb(&h, self.chunk_seed(seed), layer as u64, self.plan.linear()),
+            Some(seed) => {
+                let stream = layer as u64;
+                self.device.perturb(&h, self.seed_of(seed, stream, &h), stream, self.plan.linear())
+            }
         }
     }
 
@@ -55,13 +60,16 @@ impl<'a> Context<'a> {
     pub fn dropout(&self, x: &Tensor, module: usize) -> Result<Tensor> {
         match self.options.dropout {
             None => Ok(x.clone()),
-            Some(with) => self.device.dropout(x, with.p, self.chunk_seed(with.seed), DROPOUT_STREAM + module as u64),
+            Some(with) => {
+                let stream = DROPOUT_STREAM + module as u64;
+                self.device.dropout(x, with.p, self.seed_of(with.seed, stream, x), stream)
+            }
         }
     }
 
-    /// Generators count elements from the start of a tensor, so each chunk draws from its own seed.
-    fn chunk_seed(&self, seed: u64) -> u64 {
-        seed ^ (self.first_unit as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+    /// The seed with which the chunk's part of `stream` is that of the whole window: x has a row per token.
+    fn seed_of(&self, seed: u64, stream: u64, x: &Tensor) -> u64 {
+        noise::shifted(seed, stream, (self.first_token * x.columns()) as u64)
     }
 
     /// Measures a tensor with one row per token, and flips the bits of it that the options name.

@@ -51,7 +51,7 @@ pub struct ActivationFlip {
     pub bit: u32,
 }
 
-/// How much of a window is in memory at once. Results do not depend on it, noise and dropout masks aside.
+/// How much of a window is in memory at once. Results do not depend on it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Memory {
     /// Chunks whose saved activations stay below [`ACTIVATION_BUDGET`]; blocks recomputed when a single
@@ -60,6 +60,9 @@ pub enum Memory {
     Auto,
     /// Chunks of at most `tokens` tokens (a larger micro-batch alone), blocks recomputed in the backward pass or not.
     Chunks { tokens: usize, recompute: bool },
+    /// One micro-batch at a time, blocks recomputed as under `Auto`: the trainer's own products, if rows are
+    /// padded as its are ([`Ragged::with_padding`]).
+    MicroBatches,
 }
 
 /// Bytes of saved activations that a chunk aims at. With the largest small model (SmolLM2-135M) this is about 400
@@ -100,6 +103,10 @@ impl Engine {
 
     pub fn device(&self) -> &dyn Device {
         &*self.device
+    }
+    /// The frozen weights as read from disk.
+    pub fn base(&self) -> Arc<BaseModel> {
+        Arc::clone(&self.base)
     }
     pub fn config(&self) -> &ModelConfig {
         &self.base.config
@@ -201,6 +208,7 @@ impl Engine {
                 rope: &rope,
                 batch: &chunk,
                 unit_tokens: chunk.unit_tokens(),
+                padded: &chunk.padded_rows,
                 first_unit,
                 first_token: batch.rows[batch.unit_rows[first_unit]],
                 options,
@@ -226,13 +234,14 @@ impl Engine {
     fn memory(&self, batch: &Ragged, memory: Memory) -> (usize, bool) {
         match memory {
             Memory::Chunks { tokens, recompute } => (tokens, recompute),
-            Memory::Auto => {
+            Memory::Auto | Memory::MicroBatches => {
                 let block = block::saved_bytes(&self.base.config);
                 let all = block * self.base.config.layers;
                 let largest = batch.unit_tokens().windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
                 let recompute = largest * all > 4 * ACTIVATION_BUDGET;
                 let kept = if recompute { 4 * self.base.config.hidden * self.base.config.layers + block } else { all };
-                ((ACTIVATION_BUDGET / kept.max(1)).max(1), recompute)
+                let tokens = if memory == Memory::Auto { ACTIVATION_BUDGET / kept.max(1) } else { 1 };
+                (tokens.max(1), recompute)
             }
         }
     }

@@ -23,7 +23,7 @@ impl<'a> From<&'a Example> for Row<'a> {
     }
 }
 
-/// Rows of micro-batches ("units"), concatenated. n: all tokens.
+/// Rows of micro-batches ("units"), concatenated. n: all tokens, padding included where there is any.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Ragged {
     /// [n].
@@ -33,6 +33,10 @@ pub struct Ragged {
     /// Offsets of rows in tokens; first 0, last n. A token attends to the earlier ones of its row: the parts of a
     /// packed row are one row, with neat_packing a row each.
     pub rows: Vec<usize>,
+    /// Per row, its tokens without padding.
+    pub filled: Vec<usize>,
+    /// Per row, the length that the trainer pads it to; the parts of a neatly packed row keep their own.
+    pub padded_rows: Vec<usize>,
     /// Offsets of units in rows.
     pub unit_rows: Vec<usize>,
     /// Tokens whose successor carries a label, ascending.
@@ -94,7 +98,12 @@ impl Ragged {
             self.positions.extend((first..first + row.ids.len()).map(|position| position as u32));
             if offset > 0 && row.pack.is_some_and(|pack| !pack.separate) {
                 self.rows.pop();
+                self.padded_rows.pop();
+                self.filled.pop();
             }
+            self.filled.push(self.ids.len() - self.rows.last().copied().unwrap_or(0));
+            let alone = row.pack.is_some_and(|pack| pack.separate);
+            self.padded_rows.push(if alone { row.ids.len() } else { padded });
             self.rows.push(self.ids.len());
         }
         self.unit_padded.push(lines * padded);
@@ -103,8 +112,33 @@ impl Ragged {
         Ok(())
     }
 
+    /// The same rows, each extended with `pad` to the length that the trainer pads it to. No token sees the pads
+    /// behind it, and they carry no label.
+    pub fn with_padding(&self, pad: u32) -> Self {
+        let mut all =
+            Self { rows: vec![0], ids: Vec::new(), positions: Vec::new(), labelled: Vec::new(), ..self.clone() };
+        let mut labelled = self.labelled.iter().peekable();
+        for (row, &length) in self.rows.windows(2).zip(&self.padded_rows) {
+            let start = all.ids.len();
+            while let Some(&token) = labelled.next_if(|&&token| (token as usize) < row[1]) {
+                all.labelled.push((token as usize - row[0] + start) as u32);
+            }
+            all.ids.extend_from_slice(&self.ids[row[0]..row[1]]);
+            all.ids.resize(all.ids.len().max(start + length), pad);
+            all.positions.extend_from_slice(&self.positions[row[0]..row[1]]);
+            let next = all.positions.last().map_or(0, |&last| last + 1);
+            all.positions.extend((next..).take(all.ids.len() - all.positions.len()));
+            all.rows.push(all.ids.len());
+        }
+        all
+    }
+
     pub fn tokens(&self) -> usize {
         self.ids.len()
+    }
+    /// Tokens of a micro-batch without padding.
+    pub fn filled_tokens(&self, unit: usize) -> usize {
+        self.filled[self.unit_rows[unit]..self.unit_rows[unit + 1]].iter().sum()
     }
     /// Number of micro-batches.
     pub fn units(&self) -> usize {
@@ -129,6 +163,8 @@ impl Ragged {
             ids: self.ids[tokens.clone()].to_vec(),
             positions: self.positions[tokens.clone()].to_vec(),
             rows: from(&self.rows[rows.start..=rows.end], tokens.start),
+            filled: self.filled[rows.clone()].to_vec(),
+            padded_rows: self.padded_rows[rows.clone()].to_vec(),
             unit_rows: from(&self.unit_rows[range.start..=range.end], rows.start),
             labelled: self.labelled[labels.clone()].iter().map(|&t| t - tokens.start as u32).collect(),
             targets: self.targets[labels.clone()].to_vec(),

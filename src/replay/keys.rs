@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::scene::{Scene, Segment};
 use super::{FlipTarget, Intervention, Start};
 use crate::batches::Window;
-use crate::model::PassOptions;
+use crate::model::{Memory, PassOptions};
 use crate::step::TrainState;
 use crate::{Error, Result};
 
@@ -67,6 +67,8 @@ impl Key {
             None => hash.update(format!("{:?}", rules.schedule)),
         }
         hash.update(format!("{:?}{:?}{:?}", options.perturb, options.dropout, options.weight_flips));
+        // On a GPU the shape of a product decides how it is computed.
+        hash.update(format!("{}", options.memory == Memory::MicroBatches));
         for intervention in interventions {
             let here = match intervention {
                 Intervention::ResetOptimizer { before_step } => *before_step == window.step,

@@ -7,6 +7,7 @@
 
 mod cache;
 mod certificate;
+mod cross_check;
 mod json;
 mod keys;
 mod replayer;
@@ -17,6 +18,7 @@ mod walk;
 
 pub use cache::{record_json, record_of};
 pub use certificate::*;
+pub use cross_check::{ALLOWED as CROSS_CHECK_ALLOWED, CrossCheck, TensorCheck, cross_check};
 pub use json::{certificate_json, step_json, trace_json};
 pub use replayer::*;
 pub use scene::{Scene, Segment};
@@ -55,6 +57,8 @@ pub enum Intervention {
     ResetOptimizer { before_step: u64 },
     /// Relative noise of half an ulp of the compute dtype on every block's input.
     Perturb { seed: u64 },
+    /// Each micro-batch padded as the trainer padded it, and computed alone: the trainer's own matrix products.
+    ExactShapes,
     /// Other dropout masks than seed 0's, where the run has lora_dropout.
     Dropout { seed: u64 },
     /// Windows of these steps replaced by the windows of others (2 × 2 of state and data).

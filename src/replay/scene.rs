@@ -113,6 +113,11 @@ impl Scene {
         self.segments.iter().find(|s| s.steps.contains(&step))
     }
 
+    /// The frozen weights.
+    pub(super) fn base(&self) -> Arc<BaseModel> {
+        self.engine.base()
+    }
+
     /// Last step of the run as planned.
     pub fn last_step(&self) -> u64 {
         self.segments.last().map_or(0, |s| *s.steps.end())

@@ -4,7 +4,7 @@ use super::scene::{Scene, Segment};
 use super::{BitFlip, FlipTarget, Intervention};
 use crate::batches::Window;
 use crate::device::{DType, Device, Tensor};
-use crate::model::{Dropout, PassOptions, WeightFlip};
+use crate::model::{Dropout, Memory, PassOptions, WeightFlip};
 use crate::step::{StepRules, TrainState};
 use crate::{Error, Result};
 
@@ -35,6 +35,7 @@ pub(super) fn pass_options(segment: &Segment, step: u64, interventions: &[Interv
         match intervention {
             Intervention::Perturb { seed } => options.perturb = Some(of_step(*seed, step)),
             Intervention::Dropout { seed } => masks = *seed,
+            Intervention::ExactShapes => options.memory = Memory::MicroBatches,
             Intervention::FlipBit(flip) if flip.step == step && flip.target == FlipTarget::BaseTransient => {
                 options.weight_flips.push(WeightFlip {
                     tensor: flip.tensor.clone(),

@@ -7,8 +7,8 @@ use super::keys::Key;
 use super::replayer::no_such_step;
 use super::scene::{Scene, Segment};
 use super::{Intervention, MicroRecord, Observer, Replayer, StepRecord, start, steps};
-use crate::batches::{Corpus, Window};
-use crate::model::{Ragged, Row};
+use crate::batches::Window;
+use crate::model::{Memory, PassOptions, Ragged, Row};
 use crate::probe::Probes;
 use crate::step::{StepInput, StepOutput, TrainState, step};
 use crate::{Error, Result};
@@ -35,7 +35,7 @@ pub(super) struct Walk<'a> {
 /// Everything one step is made of.
 struct Planned {
     window: Window,
-    options: crate::model::PassOptions,
+    options: PassOptions,
     learning_rates: Option<Vec<f64>>,
     key: Key,
 }
@@ -186,8 +186,8 @@ impl<'a> Walk<'a> {
         let device = self.scene.engine.device();
         let rules = &self.segment.rules;
         steps::change_state(device, rules, &mut self.state, number, self.interventions).map_err(place)?;
-        let batch = ragged(&self.scene.corpus, &planned.window, self.scene.engine.config().vocab).map_err(place)?;
         let mut options = planned.options;
+        let batch = ragged(self.scene, &planned.window, &options).map_err(place)?;
         options.probes = observer.probes(number);
         let input = StepInput {
             window: &planned.window,
@@ -235,12 +235,16 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The window's rows as one ragged batch.
-fn ragged(corpus: &Corpus, window: &Window, vocab: usize) -> Result<Ragged> {
+/// The window's rows as one ragged batch, padded where the options ask for the trainer's own shapes.
+pub(super) fn ragged(scene: &Scene, window: &Window, options: &PassOptions) -> Result<Ragged> {
     let rows = |unit: &crate::batches::MicroBatch| -> Vec<Row<'_>> {
-        unit.examples.iter().map(|&e| Row::from(&corpus.train[e])).collect()
+        unit.examples.iter().map(|&e| Row::from(&scene.corpus.train[e])).collect()
     };
-    Ragged::build(window.micro_batches.iter().map(rows), vocab)
+    let batch = Ragged::build(window.micro_batches.iter().map(rows), scene.engine.config().vocab)?;
+    Ok(match options.memory {
+        Memory::MicroBatches => batch.with_padding(scene.corpus.pad_token_id),
+        _ => batch,
+    })
 }
 
 /// What a step did, as traces and reports carry it.

@@ -87,7 +87,7 @@ struct Inputs {
     rows: Vec<usize>,
     positions: Vec<u32>,
     index: Vec<u32>,
-    shape: AttentionShape,
+    shape: AttentionShape<'static>,
     /// [n, hidden] in bf16, and the first in f32.
     x: Tensor,
     y: Tensor,
@@ -117,7 +117,8 @@ impl Inputs {
         let (x, y) = (make(s.n, s.hidden, half), make(s.n, s.hidden, half));
         let rows: Vec<usize> = (0..=s.n / s.row).map(|i| i * s.row).collect();
         let scale = (s.dim as f32).powf(-0.5);
-        let shape = AttentionShape { heads: s.heads, kv_heads: s.heads, head_dim: s.dim, scale, window: None };
+        let shape =
+            AttentionShape { heads: s.heads, kv_heads: s.heads, head_dim: s.dim, scale, window: None, padded: &[] };
         let (o, lse) = device.attention(&x, &y, &x, &rows, &shape, Compute::Bf16).expect("attention");
         let matrix = |_| [(); 4].map(|()| make(1, s.parameters / s.matrices, DType::F32));
         let matrices: Vec<[Tensor; 4]> = (0..s.matrices).map(matrix).collect();

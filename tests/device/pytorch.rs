@@ -29,32 +29,34 @@ fn name(dtype: DType) -> &'static str {
 }
 
 /// The tensors of one case and dtype, on the device.
-struct Case<'a> {
+pub struct Case<'a> {
     device: &'a dyn Device,
     dtype: DType,
     tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
 impl<'a> Case<'a> {
-    fn new(device: &'a dyn Device, case: &str, dtype: DType) -> Self {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/device/pytorch_ops.safetensors");
-        let bytes = std::fs::read(path).expect("fixture");
-        let file = safetensors::SafeTensors::deserialize(&bytes).expect("fixture");
+    pub fn new(device: &'a dyn Device, case: &str, dtype: DType) -> Self {
         let prefix = format!("{case}/{}/", name(dtype));
         let mut tensors = HashMap::new();
-        for (key, view) in file.tensors() {
-            if let Some(key) = key.strip_prefix(&prefix) {
-                tensors.insert(key.to_string(), (view.shape().to_vec(), widen(&view)));
+        for fixture in ["pytorch_ops", "pytorch_bits"] {
+            let path = format!("{}/tests/fixtures/device/{fixture}.safetensors", env!("CARGO_MANIFEST_DIR"));
+            let bytes = std::fs::read(path).expect("fixture");
+            let file = safetensors::SafeTensors::deserialize(&bytes).expect("fixture");
+            for (key, view) in file.tensors() {
+                if let Some(key) = key.strip_prefix(&prefix) {
+                    tensors.insert(key.to_string(), (view.shape().to_vec(), widen(&view)));
+                }
             }
         }
         assert!(!tensors.is_empty(), "no case {prefix}");
         Self { device, dtype, tensors }
     }
-    fn tensor(&self, key: &str) -> Tensor {
+    pub fn tensor(&self, key: &str) -> Tensor {
         let (shape, values) = &self.tensors[key];
         self.device.upload(values, shape, self.dtype).expect("upload")
     }
-    fn values(&self, key: &str) -> &[f32] {
+    pub fn values(&self, key: &str) -> &[f32] {
         &self.tensors[key].1
     }
     fn check(&self, got: &Tensor, key: &str, share: f64, most: f64) {
@@ -129,8 +131,14 @@ fn attention(device: &dyn Device) {
                 continue;
             }
             let case = Case::new(device, name, dtype);
-            let shape =
-                AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window: None };
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                window: None,
+                padded: &[],
+            };
             let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
             let rows = [0, q.rows()];
             let compute = Compute::of(dtype);

@@ -10,9 +10,9 @@ use spikeprobe::replay::{
 use spikeprobe::run::LogRow;
 use spikeprobe::step::{Rule, TrainState};
 
-const DEMO: &str = "runs/a8-lr-stage2-llama-fp32";
-const HEALTHY: &str = "runs/k6-healthy-cos-qwen2-fp32";
-const LOST_OPTIMIZER: &str = "runs/d1-noopt-llama-bf16";
+pub const DEMO: &str = "runs/a8-lr-stage2-llama-fp32";
+pub const HEALTHY: &str = "runs/k6-healthy-cos-qwen2-fp32";
+pub const LOST_OPTIMIZER: &str = "runs/d1-noopt-llama-bf16";
 const LEAK: &str = "runs/n1-leak-qwen2-bf16";
 const OTHER_CONSTANTS: &str = "runs/resume-other-constants";
 const FP16: &str = "runs/h1-fp16-llama-rare";
@@ -29,11 +29,11 @@ fn open_on(run: &str, threads: usize) -> Replayer {
     Replayer::open(source, device).unwrap_or_else(|e| panic!("{run}: {e}"))
 }
 
-fn open(run: &str) -> Replayer {
+pub fn open(run: &str) -> Replayer {
     open_on(run, 2)
 }
 
-fn replay(replayer: &Replayer, start: Start, to: u64, with: &[Intervention]) -> Vec<StepRecord> {
+pub fn replay(replayer: &Replayer, start: Start, to: u64, with: &[Intervention]) -> Vec<StepRecord> {
     replayer.replay(&start, to, with, &mut Silent).unwrap_or_else(|e| panic!("{e}")).steps
 }
 
@@ -43,7 +43,7 @@ fn logged<'a>(replayer: &'a Replayer, step: &StepRecord) -> &'a LogRow {
 }
 
 /// Fails unless every step lies within these relative deviations of the log, learning rates bit by bit.
-fn assert_reproduced(replayer: &Replayer, steps: &[StepRecord], loss: f64, grad_norm: f64) {
+pub fn assert_reproduced(replayer: &Replayer, steps: &[StepRecord], loss: f64, grad_norm: f64) {
     assert!(!steps.is_empty());
     for step in steps {
         let row = logged(replayer, step);

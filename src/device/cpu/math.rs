@@ -5,8 +5,9 @@ pub const LANES: usize = 16;
 
 /// e^x; error ≤ 1 ulp in the normal range (checked against f64 in the tests). 0 below −103.98, infinite above 88.73, NaN for NaN.
 ///
-/// x = n·ln 2 + r, |r| ≤ ½ ln 2; e^r by its Taylor polynomial of degree 7 (remainder 5e-9 there);
-/// 2^n in two factors, because n reaches −151 and 128.
+/// x = n·ln 2 + r, |r| ≤ ½ ln 2; e^r by a polynomial of degree 7; 2^n in two factors, because n reaches −151 and 128.
+/// Steps and coefficients are those of SLEEF's `expf` with 1.0 ulp (Shibata, Petrogalli 2020; sleefsimdsp.c), which
+/// PyTorch's vectors call: the same bits.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -16,15 +17,15 @@ pub fn exp(x: f32) -> f32 {
     const INTEGER: f32 = 12_582_912.0;
     // Clamped so that n fits; f32::max would drop a NaN, so it is put back at the end.
     let clamped = x.clamp(-105.0, 89.0);
-    let shifted = clamped.mul_add(LOG2_E, INTEGER);
+    let shifted = clamped * LOG2_E + INTEGER;
     let n = shifted - INTEGER;
     let power_of_two = shifted.to_bits().wrapping_sub(INTEGER.to_bits()) as i32;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, clamped));
-    let mut p = 1.984_127e-4_f32;
-    p = p.mul_add(r, 1.388_888_9e-3);
-    p = p.mul_add(r, 8.333_334e-3);
-    p = p.mul_add(r, 4.166_666_8e-2);
-    p = p.mul_add(r, 1.666_666_7e-1);
+    let mut p = 0.000_198_527_62_f32;
+    p = p.mul_add(r, 0.001_393_043_6);
+    p = p.mul_add(r, 0.008_333_361);
+    p = p.mul_add(r, 0.041_666_485);
+    p = p.mul_add(r, 0.166_666_67);
     p = p.mul_add(r, 0.5);
     let value = p.mul_add(r * r, r) + 1.0;
     let half = power_of_two >> 1;
@@ -44,7 +45,7 @@ const LN_MAX: f32 = f32::from_bits(0x42b1_7218);
 pub fn exp_flash_half(x: f32) -> f32 {
     let scaled = x.clamp(LN_MIN, LN_MAX) * std::f32::consts::LOG2_E;
     let fraction = scaled - scaled.floor();
-    let mut c = fraction.mul_add(-0.079_204_24, -0.224_338_36);
+    let mut c = fraction.mul_add(-0.079_204_24, -0.224_338_37);
     c = fraction.mul_add(c, 0.303_542_6);
     c = fraction.mul_add(c, 0.000_107_034_35);
     // 2^23·(x·log₂e − c + 127) read as the bits of a float: exponent and mantissa at once.
@@ -91,7 +92,7 @@ pub fn sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let whole = vectors(&x);
     for vector in 0..whole {
-        add_vector(&mut lanes, &x, vector, &f);
+        add_terms(&mut lanes, &x, LANES * vector, &f);
     }
     for i in whole * LANES..x[0].len() {
         lanes[i - whole * LANES] += f(x.map(|x| x[i]));
@@ -99,29 +100,49 @@ pub fn sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
-/// The same sum of fewer than 16·4·16 terms in the order of torch.sum over a contiguous last dimension on AVX-512
-/// (SumKernel.cpp `vectorized_inner_sum`): four interleaved rows of 16 lanes, then the scalar tail, then the lanes
-/// one after another. Longer sums cascade there every 16 additions; here they run on.
+/// The same sum in the order of torch.sum over a contiguous last dimension (SumKernel.cpp `vectorized_inner_sum`, which
+/// PyTorch builds for AVX2 and also uses on processors with AVX-512): four interleaved vectors of 8 lanes, whose
+/// partial sums cascade through four levels; then the scalar tail, then the lanes one after another.
 #[inline(always)]
 pub fn torch_sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
-    const ROWS: usize = 4;
-    let mut rows = [[0f32; LANES]; ROWS];
-    let vectors = vectors(&x);
-    for vector in (0..vectors / ROWS * ROWS).step_by(ROWS) {
-        for (row, lanes) in rows.iter_mut().enumerate() {
-            add_vector(lanes, &x, vector + row, &f);
+    const VECTOR: usize = 8;
+    const STRIDE: usize = 4 * VECTOR;
+    const LEVELS: usize = 4;
+    let n = x[0].len();
+    let mut levels = [[0f32; STRIDE]; LEVELS];
+    let strides = n / STRIDE;
+    let power = (strides.next_power_of_two().trailing_zeros() as usize / LEVELS).max(4);
+    let mut i = 0;
+    while i < strides {
+        let end = (i + (1 << power)).min(strides);
+        let whole = end - i == 1 << power;
+        for stride in i..end {
+            add_terms(&mut levels[0], &x, stride * STRIDE, &f);
+        }
+        i = end;
+        for level in 1..if whole { LEVELS } else { 1 } {
+            let below = std::mem::replace(&mut levels[level - 1], [0.0; STRIDE]);
+            add_lanes(&mut levels[level], &below);
+            if i & (((1 << power) - 1) << (level * power)) != 0 {
+                break;
+            }
         }
     }
-    for vector in vectors / ROWS * ROWS..vectors {
-        add_vector(&mut rows[0], &x, vector, &f);
+    let [mut sums, higher @ ..] = levels;
+    for level in higher {
+        add_lanes(&mut sums, &level);
     }
-    let [mut lanes, others @ ..] = rows;
-    for row in others {
-        for (lane, x) in lanes.iter_mut().zip(row) {
-            *lane += x;
+    let (lanes, others) = sums.split_at_mut(VECTOR);
+    let vectors = n / VECTOR;
+    for vector in 4 * strides..vectors {
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(x.map(|x| x[vector * VECTOR + l]));
         }
     }
-    let tail = (vectors * LANES..x[0].len()).fold(0f32, |sum, i| sum + f(x.map(|x| x[i])));
+    for row in others.chunks_exact(VECTOR) {
+        add_lanes(lanes, row);
+    }
+    let tail = (vectors * VECTOR..n).fold(0f32, |sum, i| sum + f(x.map(|x| x[i])));
     lanes.iter().fold(tail, |sum, lane| sum + lane)
 }
 
@@ -132,10 +153,22 @@ fn vectors<const N: usize>(x: &[&[f32]; N]) -> usize {
     x[0].len() / LANES
 }
 
-/// lanes[l] += f(vector `vector`'s element l). Slices are cut before the loop, so that it vectorises.
 #[inline(always)]
-fn add_vector<const N: usize>(lanes: &mut [f32; LANES], x: &[&[f32]; N], vector: usize, f: &impl Fn([f32; N]) -> f32) {
-    let x = x.map(|x| &x[vector * LANES..][..LANES]);
+fn add_lanes(sums: &mut [f32], other: &[f32]) {
+    for (sum, x) in sums.iter_mut().zip(other) {
+        *sum += x;
+    }
+}
+
+/// lanes[l] += f(element `at` + l). Slices are cut before the loop, so that it vectorises.
+#[inline(always)]
+fn add_terms<const N: usize, const L: usize>(
+    lanes: &mut [f32; L],
+    x: &[&[f32]; N],
+    at: usize,
+    f: &impl Fn([f32; N]) -> f32,
+) {
+    let x = x.map(|x| &x[at..][..L]);
     for (l, lane) in lanes.iter_mut().enumerate() {
         *lane += f(x.map(|x| x[l]));
     }

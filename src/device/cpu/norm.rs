@@ -50,7 +50,7 @@ impl CpuDevice {
                 for ((g, &d), &w) in dx.iter_mut().zip(dy).zip(weight.iter()) {
                     *g = round.apply(d * w);
                 }
-                let d_r = math::sum([dx, x], |[g, x]| g * x);
+                let d_r = math::torch_sum([dx, x], |[g, x]| g * x);
                 let d_mean = -0.5 * d_r * (r * r * r) / columns as f32;
                 for (g, &x) in dx.iter_mut().zip(x) {
                     *g = round.apply(*g * r + d_mean * (2.0 * x));

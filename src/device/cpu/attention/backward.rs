@@ -41,17 +41,18 @@ struct Block {
     keys: Range<usize>,
 }
 
-/// Writes dq, dk, dv of (first row, length, key/value head).
+/// Writes dq, dk, dv of (first row, length, key/value head) of a sequence padded to `padded`.
 pub fn task(
     plan: &Plan<'_>,
     head: &Head,
     (first, length, kv): (usize, usize, usize),
+    padded: usize,
     saved: &Saved<'_>,
     (dq, dk, dv): (&Shared<'_>, &Shared<'_>, &Shared<'_>),
 ) {
     let hd = plan.shape.head_dim;
     let transposed = (Transposed::new(&head.k, length), Transposed::new(&head.v, length));
-    let queries = query_block(length);
+    let queries = query_block(padded);
     let stride = KEYS.min(length).next_multiple_of(NARROW) + NARROW;
     let cells = || vec![0f32; queries.min(length) * stride];
     let mut work = Work { stride, scores: vec![0f32; KEYS], p: cells(), ds: cells(), sum: vec![0f32; hd] };
@@ -89,7 +90,7 @@ pub fn task(
     }
 }
 
-/// Queries a block in PyTorch's CPU kernel, by the length of the sequence.
+/// Queries a block in PyTorch's CPU kernel, by the padded length of the sequence.
 fn query_block(length: usize) -> usize {
     match length {
         0..192 => 32,

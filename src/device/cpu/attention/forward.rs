@@ -3,25 +3,35 @@
 use super::combine::{Transposed, combine};
 use super::{Head, KEYS, Plan, output_dtype};
 use crate::device::Compute;
-use crate::device::cpu::math;
+use crate::device::cpu::math::{self, LANES};
 use crate::device::cpu::rounding::{self, round_operand};
 use crate::device::cpu::simd::vectorised;
 use crate::device::cpu::threads::Shared;
 
-/// Writes the rows of o and lse that belong to (first row of the sequence, key/value head).
-pub fn task(plan: &Plan<'_>, head: &Head, (first, kv): (usize, usize), (o, lse): (&Shared<'_>, &Shared<'_>)) {
+/// Where a task's sequence lies.
+pub struct Place {
+    /// First row.
+    pub first: usize,
+    /// Key/value head.
+    pub kv: usize,
+    /// Length with padding.
+    pub padded: usize,
+}
+
+/// Writes the rows of o and lse that belong to a sequence and key/value head.
+pub fn task(plan: &Plan<'_>, head: &Head, place: &Place, (o, lse): (&Shared<'_>, &Shared<'_>)) {
     let hd = plan.shape.head_dim;
     let keys = Transposed::new(&head.k, head.length);
     let mut scores = vec![0f32; KEYS];
     for h in 0..plan.group {
         for i in 0..head.length {
-            let at = (first + i) * plan.shape.heads + kv * plan.group + h;
+            let at = (place.first + i) * plan.shape.heads + place.kv * plan.group + h;
             // SAFETY: row and head belong to this task alone.
             let (o, lse) = unsafe { (o.slice(at * hd, hd), lse.slice(at, 1)) };
             let q = &head.q[(h * head.length + i) * hd..][..hd];
             lse[0] = vectorised(
                 #[inline(always)]
-                || row(plan, (&keys, &head.v), i, q, &mut scores, o),
+                || row(plan, (&keys, &head.v), (i, place.padded), q, &mut scores, o),
             );
         }
     }
@@ -32,7 +42,7 @@ pub fn task(plan: &Plan<'_>, head: &Head, (first, kv): (usize, usize), (o, lse):
 fn row(
     plan: &Plan<'_>,
     (keys, v): (&Transposed, &[f32]),
-    i: usize,
+    (i, padded): (usize, usize),
     q: &[f32],
     scores: &mut [f32],
     o: &mut [f32],
@@ -42,32 +52,50 @@ fn row(
     let mut first = plan.first_key(i);
     o.fill(0.0);
     while first <= i {
-        let end = (first / KEYS * KEYS + KEYS).min(i + 1);
-        keys.dot(q, first, end - first, scores);
-        let s = &mut scores[..end - first];
+        let block = first / KEYS * KEYS;
+        let end = (block + KEYS).min(i + 1);
+        // Lanes count from the block's first key, seen or not.
+        let hidden = (first - block) % LANES;
+        keys.dot(q, first - hidden, end - first + hidden, scores);
+        let s = &mut scores[..end - first + hidden];
         for s in s.iter_mut() {
             *s *= plan.shape.scale;
         }
+        s[..hidden].fill(f32::NEG_INFINITY);
         let highest = math::max(s);
         let new_max = if highest > max || highest.is_nan() { highest } else { max };
-        if matches!(plan.compute, Compute::Bf16 | Compute::F16) {
-            s.iter_mut().for_each(|s| *s = math::exp_flash_half(*s - new_max));
-        } else {
-            s.iter_mut().for_each(|s| *s = math::exp_flash(*s - new_max));
-        }
+        // Whole registers of the padded block; what is left of it is computed one by one.
+        let whole = block + (padded - block).min(KEYS) / LANES * LANES;
+        let part = exponentials(s, (whole + hidden).saturating_sub(first), new_max, plan.compute);
         let rescale = if max == f32::NEG_INFINITY { 0.0 } else { math::exp(max - new_max) };
-        sum = sum * rescale + math::sum([s], |[s]| s);
+        sum = sum * rescale + part;
         for o in o.iter_mut() {
             *o *= rescale;
         }
+        let s = &mut s[hidden..];
         round_operand(s, plan.compute);
         combine(|j| s[j], s.len(), &v[first * hd..], hd, o);
         max = new_max;
         first = end;
     }
+    let reciprocal = 1.0 / sum;
     for o in o.iter_mut() {
-        *o /= sum;
+        *o *= reciprocal;
     }
     rounding::round_slice(o, output_dtype(plan.compute));
     max + sum.ln()
+}
+
+/// s ← e^(s − max), and their sum: approximated in the first `whole` elements as PyTorch's vectors are (sums in
+/// [`LANES`] lanes), exact in the rest (added one after another).
+#[inline(always)]
+fn exponentials(s: &mut [f32], whole: usize, max: f32, compute: Compute) -> f32 {
+    let (vectors, rest) = s.split_at_mut(whole.min(s.len()));
+    if matches!(compute, Compute::Bf16 | Compute::F16) {
+        vectors.iter_mut().for_each(|s| *s = math::exp_flash_half(*s - max));
+    } else {
+        vectors.iter_mut().for_each(|s| *s = math::exp_flash(*s - max));
+    }
+    rest.iter_mut().for_each(|s| *s = f64::from(*s - max).exp() as f32);
+    rest.iter().fold(math::sum([&*vectors], |[s]| s), |sum, s| sum + s)
 }

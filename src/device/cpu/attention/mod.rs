@@ -30,7 +30,7 @@ struct Head {
 /// The work of one call, cut into tasks.
 struct Plan<'a> {
     rows: &'a [usize],
-    shape: &'a AttentionShape,
+    shape: &'a AttentionShape<'a>,
     compute: Compute,
     group: usize,
 }
@@ -43,6 +43,11 @@ impl Plan<'_> {
     fn task(&self, task: usize) -> (usize, usize, usize) {
         let sequence = task / self.shape.kv_heads;
         (self.rows[sequence], self.rows[sequence + 1] - self.rows[sequence], task % self.shape.kv_heads)
+    }
+    /// Length of the padded sequence of a task.
+    fn padded(&self, task: usize) -> usize {
+        let (_, length, _) = self.task(task);
+        self.shape.padded.get(task / self.shape.kv_heads).map_or(length, |&padded| padded.max(length))
     }
     /// First key that query i may see.
     fn first_key(&self, i: usize) -> usize {
@@ -72,7 +77,8 @@ impl CpuDevice {
             self.workers.each(plan.tasks(), plan.work(), |task| {
                 let (first, _, kv) = plan.task(task);
                 let head = gather_head(&plan, (&qs, &ks, &vs), task);
-                forward::task(&plan, &head, (first, kv), (&o, &lse));
+                let at = forward::Place { first, kv, padded: plan.padded(task) };
+                forward::task(&plan, &head, &at, (&o, &lse));
             });
         }
         let dtype = output_dtype(compute);
@@ -105,7 +111,7 @@ impl CpuDevice {
                 let head = gather_head(&plan, (&qs, &ks, &vs), task);
                 let d_o = gather(&d_os, &plan, task, shape.heads);
                 let saved = backward::Saved { d_o: &d_o, o: &os, lse: &lses };
-                backward::task(&plan, &head, plan.task(task), &saved, (&dq, &dk, &dv));
+                backward::task(&plan, &head, plan.task(task), plan.padded(task), &saved, (&dq, &dk, &dv));
             });
         }
         // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
@@ -130,13 +136,14 @@ fn output_dtype(compute: Compute) -> DType {
 fn check<'a>(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     rows: &'a [usize],
-    shape: &'a AttentionShape,
+    shape: &'a AttentionShape<'a>,
     compute: Compute,
 ) -> Result<Plan<'a>> {
     let n = q.rows();
     expect_offsets(rows, n, "attention")?;
     let fits = shape.kv_heads > 0
         && shape.heads.is_multiple_of(shape.kv_heads)
+        && (shape.padded.is_empty() || shape.padded.len() == rows.len() - 1)
         && q.columns() == shape.heads * shape.head_dim
         && [k, v].iter().all(|t| t.rows() == n && t.columns() == shape.kv_heads * shape.head_dim);
     expect(fits, "attention", || format!("q {:?}, k {:?}, v {:?}, {shape:?}", q.shape, k.shape, v.shape))?;

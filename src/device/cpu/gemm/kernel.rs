@@ -219,7 +219,7 @@ mod x86 {
         let (mut a, mut b) = (a.cast::<f32>(), b.cast::<f32>());
         // SAFETY: the caller passes panels of `units` units and a tile of R rows of 32 elements, `stride` apart.
         unsafe {
-            let mut sums = load512::<R>(c, stride, accumulate);
+            let mut sums = if accumulate { load512::<R>(c, stride) } else { [[_mm512_setzero_ps(); 2]; R] };
             for _ in 0..units {
                 let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
                 for (r, sum) in sums.iter_mut().enumerate() {
@@ -233,7 +233,8 @@ mod x86 {
         }
     }
 
-    /// R × 32, pairs of bf16: each sum adds two products a unit. Panels as above, two elements a unit.
+    /// R × 32, pairs of bf16: each sum adds two products a unit. Panels as above, two elements a unit. The sums begin
+    /// at zero and meet C at the end, as oneDNN adds its blocks of depth.
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn avx512_bf16<const R: usize>(
         units: usize,
@@ -247,7 +248,7 @@ mod x86 {
         // SAFETY: as for `avx512`; the transmutes only rename the type of a register.
         unsafe {
             let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
-            let mut sums = load512::<R>(c, stride, accumulate);
+            let mut sums = [[_mm512_setzero_ps(); 2]; R];
             for _ in 0..units {
                 let b0 = pairs(_mm512_loadu_si512(b.cast()));
                 let b1 = pairs(_mm512_loadu_si512(b.add(16).cast()));
@@ -258,23 +259,26 @@ mod x86 {
                 }
                 (a, b) = (a.add(14), b.add(32));
             }
+            if accumulate {
+                for (sum, c) in sums.iter_mut().zip(load512::<R>(c, stride)) {
+                    *sum = [_mm512_add_ps(c[0], sum[0]), _mm512_add_ps(c[1], sum[1])];
+                }
+            }
             store512(&sums, c, stride);
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load512<const R: usize>(c: *const f32, stride: usize, accumulate: bool) -> [[__m512; 2]; R] {
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        if accumulate {
-            for (r, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller passes R rows of 32 elements, `stride` apart.
-                unsafe {
-                    *sum = [_mm512_loadu_ps(c.add(r * stride)), _mm512_loadu_ps(c.add(r * stride + 16))];
-                }
+    unsafe fn load512<const R: usize>(c: *const f32, stride: usize) -> [[__m512; 2]; R] {
+        let mut rows = [[_mm512_setzero_ps(); 2]; R];
+        for (r, row) in rows.iter_mut().enumerate() {
+            // SAFETY: the caller passes R rows of 32 elements, `stride` apart.
+            unsafe {
+                *row = [_mm512_loadu_ps(c.add(r * stride)), _mm512_loadu_ps(c.add(r * stride + 16))];
             }
         }
-        sums
+        rows
     }
 
     #[inline]

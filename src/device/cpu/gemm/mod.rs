@@ -2,6 +2,8 @@
 //!
 //! Every element of C is one chain of fused multiply-adds over k in ascending order, whatever the tile, the thread or
 //! the instruction set that computes it: the cut of the work (and the rows beside a row) cannot change a bit.
+//! With AVX512-BF16 it is the sum of a few such chains, over pairs of bf16, cut where oneDNN cuts them ([`torch_block`]):
+//! PyTorch's own bits on a processor that has the instruction.
 //! `pack` lays the operands out for the kernels, `kernel` holds the inner loops; this file cuts the work.
 
 mod finish;
@@ -293,11 +295,23 @@ impl<'a> Plan<'a> {
         Some(Term { of, kernel, a: Buffer::unset(self.panels() * kernel.rows * kernel.units(of.rank)) })
     }
 
-    /// The depth in even parts of at most [`DEPTH`] units; one empty part if there is none, which stores zeros.
+    /// The depth in parts of about [`DEPTH`] units; one empty part if there is none, which stores zeros.
     fn parts(&self) -> impl Iterator<Item = Range<usize>> {
-        let (depth, parts) = (self.depth, self.depth.div_ceil(DEPTH).max(1));
-        (0..parts).map(move |i| depth * i / parts..depth * (i + 1) / parts)
+        let depth = self.depth;
+        let part = match self.kernel.per_unit {
+            1 => depth.div_ceil(depth.div_ceil(DEPTH).max(1)),
+            pair => torch_block(self.product) / pair,
+        };
+        (0..depth.div_ceil(part.max(1)).max(1)).map(move |i| part * i..(part * (i + 1)).min(depth))
     }
+}
+
+/// Elements of depth that oneDNN sums in one chain before adding them to what it has (brgemm_matmul_utils.cpp,
+/// `compute_blocking_heuristic_avx512`: 512, and 1024 for more depth unless the first operand is transposed, as in
+/// the gradient of a weight).
+fn torch_block(product: &Product<'_>) -> usize {
+    let transposed = product.a.depth != 1;
+    if product.k > 1024 && !transposed { 1024 } else { 512 }
 }
 
 /// A low-rank term, its rows packed.
