@@ -285,11 +285,12 @@ fn cross_check_lines(check: &CrossCheck) -> String {
     };
     format!(
         "\ncross-check of step {} (candle's autograd, f32, same state and rows): loss {candle:.7} and {wide:.7}; {} \
-         gradients, relative L2 difference {median:.1e} in the median, {worst:.1e} at most ({name}; rounding stays \
+         gradients, relative L2 difference {:.1e} together, {median:.1e} in the median, {worst:.1e} at most ({name}; together rounding stays \
          below {CROSS_CHECK_ALLOWED:.0e}): {meaning}\nthe run's precision gives loss {run:.7} and moves the \
          gradients by up to {precision:.1e}\n",
         check.step,
         check.tensors.len(),
+        check.relative_l2,
     )
 }
 
