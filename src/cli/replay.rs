@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::Common;
 use crate::batches::{Corpus, RowId};
 use crate::replay::{
-    CROSS_CHECK_ALLOWED, Certificate, Comparison, CrossCheck, Envelope, Intervention, Observer, Replayer, Reproduction,
-    Start, StepRecord, Trace, certify, cross_check, step_json, trace_json,
+    Certificate, Comparison, CrossCheck, Envelope, Intervention, Observer, Replayer, Reproduction, Start, StepRecord,
+    Trace, certify, cross_check, step_json, trace_json,
 };
 use crate::{Error, Result, error, output};
 
@@ -285,12 +285,13 @@ fn cross_check_lines(check: &CrossCheck) -> String {
     };
     format!(
         "\ncross-check of step {} (candle's autograd, f32, same state and rows): loss {candle:.7} and {wide:.7}; {} \
-         gradients, relative L2 difference {:.1e} together, {median:.1e} in the median, {worst:.1e} at most ({name}; together rounding stays \
-         below {CROSS_CHECK_ALLOWED:.0e}): {meaning}\nthe run's precision gives loss {run:.7} and moves the \
+         gradients, relative L2 difference {:.1e} together (rounding: up to {:.1e}), {median:.1e} in the median, \
+         {worst:.1e} at most ({name}): {meaning}\nthe run's precision gives loss {run:.7} and moves the \
          gradients by up to {precision:.1e}\n",
         check.step,
         check.tensors.len(),
         check.relative_l2,
+        check.allowed,
     )
 }
 

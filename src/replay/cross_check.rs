@@ -15,11 +15,11 @@ use crate::run::AdapterWeights;
 use crate::step::TrainState;
 use crate::{Error, Result};
 
-/// Over all gradients together, and of the loss: two f32 implementations that sum in other orders differ less.
-pub const ALLOWED: f64 = 1e-4;
-/// Of a single tensor: one whose terms nearly cancel keeps little but rounding (8e-4 was seen where the data is
-/// memorised); a wrong formula or a forgotten term shows as far more.
-const ALLOWED_TENSOR: f64 = 1e-2;
+/// What two f32 implementations that sum in other orders may always differ by.
+const FLOOR: f64 = 1e-4;
+/// How often the effect of noise of half an ulp on every block's input they may differ by, where that is more: on
+/// memorised data gradients are what is left when their terms cancel. A wrong formula shows as far more.
+const WIDEN: f64 = 10.0;
 
 /// One step computed three times from the same state and rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +30,8 @@ pub struct CrossCheck {
     pub losses: [f64; 3],
     /// ‖engine in f32 − candle‖₂ / ‖candle‖₂ over all gradients together.
     pub relative_l2: f64,
+    /// Largest such distance that is still rounding, measured with a perturbed pass.
+    pub allowed: f64,
     /// A and B of each module, in optimizer order.
     pub tensors: Vec<TensorCheck>,
 }
@@ -53,8 +55,8 @@ impl CrossCheck {
 
     /// True if both implementations compute the same up to f32 rounding. NaN agrees with nothing.
     pub fn agrees(&self) -> bool {
-        let tensors = self.tensors.iter().all(|t| t.relative_l2 <= ALLOWED_TENSOR);
-        self.loss_rel() <= ALLOWED && self.relative_l2 <= ALLOWED && tensors
+        let finite = self.tensors.iter().all(|t| !t.relative_l2.is_nan());
+        finite && self.loss_rel() <= FLOOR && self.relative_l2 <= self.allowed
     }
 
     /// The tensor on which they differ most, a NaN before all.
@@ -72,7 +74,7 @@ impl CrossCheck {
         json!({
             "step": self.step,
             "agrees": self.agrees(),
-            "allowed": ALLOWED,
+            "allowed": number(self.allowed),
             "relative_l2": number(self.relative_l2),
             "loss": {"candle": candle, "f32": f32, "run": run},
             "tensors": tensors,
@@ -109,8 +111,9 @@ pub fn cross_check(
     let loss = |sums: &[f32]| sums.iter().zip(&seeds).map(|(s, seed)| f64::from(*s) * f64::from(*seed)).sum();
 
     let wide = Engine::new(replayer.shared_device(), scene.base(), PrecisionPlan::F32)?;
-    let (wide_sums, wide_gradients) = own(&wide, &state.adapter, &weights, &batch, &seeds)?;
-    let (run_sums, run_gradients) = own(&scene.engine, &state.adapter, &weights, &batch, &seeds)?;
+    let (wide_sums, wide_gradients) = own(&wide, &state.adapter, &weights, (&batch, &seeds), None)?;
+    let (_, noisy_gradients) = own(&wide, &state.adapter, &weights, (&batch, &seeds), Some(1))?;
+    let (run_sums, run_gradients) = own(&scene.engine, &state.adapter, &weights, (&batch, &seeds), None)?;
     let tensors = wide_gradients.iter().zip(&run_gradients).zip(&expected.gradients).enumerate();
     let tensors = tensors.map(|(index, ((wide, run), candle))| TensorCheck {
         name: format!("{}.lora_{}", weights.modules[index / 2].path, ["A", "B"][index % 2]),
@@ -118,24 +121,27 @@ pub fn cross_check(
         precision_l2: relative_l2(run, wide),
     });
     let tensors: Vec<TensorCheck> = tensors.collect();
-    let relative_l2 = relative_l2(&wide_gradients.concat(), &expected.gradients.concat());
+    let all = wide_gradients.concat();
+    let allowed = FLOOR.max(WIDEN * relative_l2(&noisy_gradients.concat(), &all));
+    let relative_l2 = relative_l2(&all, &expected.gradients.concat());
     let losses = [loss(&expected.loss_sums), loss(&wide_sums), loss(&run_sums)];
-    Ok(CrossCheck { step, losses, relative_l2, tensors })
+    Ok(CrossCheck { step, losses, relative_l2, allowed, tensors })
 }
 
-/// The engine's loss sums and gradients, without noise, dropout or faults.
+/// The engine's loss sums and gradients, without dropout or faults.
 fn own(
     engine: &Engine,
     adapter: &Adapter,
     weights: &AdapterWeights,
-    batch: &Ragged,
-    seeds: &[f32],
+    (batch, seeds): (&Ragged, &[f32]),
+    perturb: Option<u64>,
 ) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let (device, plan) = (engine.device(), engine.plan());
     let paths: Vec<String> = weights.modules.iter().map(|m| m.path.clone()).collect();
     let adapter = Adapter::new(device, engine.config(), &paths, weights, f64::from(adapter.scaling), plan.adapter)?;
     let mut gradients = Gradients::zeros(device, &adapter)?;
-    let out = engine.pass(&adapter, batch, seeds, &PassOptions::default(), &mut gradients)?;
+    let out =
+        engine.pass(&adapter, batch, seeds, &PassOptions { perturb, ..PassOptions::default() }, &mut gradients)?;
     let values = gradients.tensors.iter().map(|t| device.download(t)).collect::<Result<_>>()?;
     Ok((out.units.iter().map(|u| u.loss_sum).collect(), values))
 }
