@@ -134,7 +134,8 @@ impl Oracle {
         let picked = logits.gather(&targets, 1)?;
         let max = logits.max_keepdim(D::Minus1)?.detach();
         let log_sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?.log()?;
-        Ok(Some((log_sum + max)?.sub(&picked)?.sum_all()?))
+        // The large terms first: what is left of them is exact, and small where a token is nearly certain.
+        Ok(Some(log_sum.sub(&picked.sub(&max)?)?.sum_all()?))
     }
 
     fn block(&self, loras: &HashMap<String, Lora>, scaling: f64, layer: usize, h: &Tensor) -> Candle<Tensor> {

@@ -18,8 +18,12 @@ use crate::{Error, Result};
 /// What two f32 implementations that sum in other orders may always differ by.
 const FLOOR: f64 = 1e-4;
 /// How often the effect of noise of half an ulp on every block's input they may differ by, where that is more: on
-/// memorised data gradients are what is left when their terms cancel. A wrong formula shows as far more.
-const WIDEN: f64 = 10.0;
+/// memorised data gradients are what is left when their terms cancel. Between two such inputs each implementation
+/// rounds dozens of times, sums of hundreds of terms among them (28 times the noise was seen on the demonstration's
+/// run). A wrong formula shows as a hundredth and more of the whole.
+const WIDEN: f64 = 100.0;
+/// The most that counts as rounding, however noisy the step.
+const CEILING: f64 = 1e-2;
 
 /// One step computed three times from the same state and rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -122,7 +126,7 @@ pub fn cross_check(
     });
     let tensors: Vec<TensorCheck> = tensors.collect();
     let all = wide_gradients.concat();
-    let allowed = FLOOR.max(WIDEN * relative_l2(&noisy_gradients.concat(), &all));
+    let allowed = (WIDEN * relative_l2(&noisy_gradients.concat(), &all)).clamp(FLOOR, CEILING);
     let relative_l2 = relative_l2(&all, &expected.gradients.concat());
     let losses = [loss(&expected.loss_sums), loss(&wide_sums), loss(&run_sums)];
     Ok(CrossCheck { step, losses, relative_l2, allowed, tensors })

@@ -28,7 +28,8 @@ fn the_trainers_own_shapes_give_the_same_numbers_within_rounding() {
 fn candle_confirms_the_arithmetic_of_a_step() {
     let demo = open(DEMO);
     let check = cross_check(&demo, &Start::Initial, 2, &[]).expect("cross-check");
-    assert!(check.agrees(), "{:?}, losses {:?}", check.worst(), check.losses);
+    let (found, allowed) = (check.relative_l2, check.allowed);
+    assert!(check.agrees(), "{found:e} of {allowed:e}, {:?}, losses {:?}", check.worst(), check.losses);
     let logged = demo.run().log.rows[1].loss.expect("loss");
     assert!(relative(check.losses[0], logged) < 1e-5, "candle alone reproduces the log: {:?}", check.losses);
     // The run is f32: its precision adds nothing.
@@ -37,7 +38,8 @@ fn candle_confirms_the_arithmetic_of_a_step() {
 
     let half = open(LOST_OPTIMIZER);
     let check = cross_check(&half, &Start::Checkpoint(24), 25, &[]).expect("cross-check");
-    assert!(check.agrees(), "{:?}, losses {:?}", check.worst(), check.losses);
+    let (found, allowed) = (check.relative_l2, check.allowed);
+    assert!(check.agrees(), "{found:e} of {allowed:e}, {:?}, losses {:?}", check.worst(), check.losses);
     let precision = check.tensors.iter().map(|t| t.precision_l2).fold(0.0, f64::max);
     assert!(precision > 1e-3 && precision < 1.0, "bf16 moves gradients by {precision:e}");
 }
