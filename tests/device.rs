@@ -6,6 +6,7 @@ mod attention; // forward and backward over ragged rows, NaN where it belongs
 mod bits; // every bit of PyTorch's bf16 results at widths that show the order of sums
 pub mod compare; // comparisons that fail on NaN, and say index, values and distance
 mod decoder; // norm, rope, gate, loss
+mod fused; // operations in one pass against the operations they stand for
 mod independence; // a row or a NaN does not reach its neighbours; the same bits at any thread count and any cut
 mod measuring; // statistics and norms
 mod moves; // casts of every half, gather, scatter, elementwise, noise
