@@ -4,6 +4,7 @@
 //! compares with the recent past of the same log: absolute levels differ between models, data and trainers.
 
 use super::SpikeKind;
+use super::explosion::gradient_spikes;
 use crate::run::LogRow;
 
 /// Heights are natural logarithms, bounded here: beyond e⁶ ≈ 400× more height means nothing more.
@@ -25,8 +26,6 @@ const MIN_DIVERGENCE: f64 = 1.7;
 const STAYING: [(usize, f64); 3] = [(SUSTAIN, 5.0), (8, 3.5), (16, 2.5)];
 /// … and this factor (in ln) above the highest such rise seen before: sources and lengths that come in groups.
 const BEYOND_USUAL: f64 = 1.5;
-/// A pre-clip norm wanders by factors of a few in healthy runs; an explosion is an order of magnitude.
-const MIN_EXPLOSION: f64 = 10.0;
 /// A peak at every epoch boundary counts from this factor on.
 const MIN_BOUNDARY: f64 = 1.25;
 /// A jump stands above the highest of the recent rows by this factor.
@@ -35,7 +34,7 @@ const CLEAR: f64 = 1.2;
 const MAX_OSCILLATION: f64 = 4.0;
 /// … and are called so from this many on.
 const OFTEN: usize = 8;
-const ENOUGH: usize = 6;
+pub(super) const ENOUGH: usize = 6;
 const SUSTAIN: usize = 4;
 /// Rows that make the minimum a jump is measured from.
 const RECENT: usize = 3;
@@ -51,13 +50,11 @@ const SETTLED: usize = 36;
 /// the deviation itself is known to a third.
 const DEVIATIONS: f64 = 6.0;
 /// The same for the gradient norm, which wanders more.
-const NOISE: usize = 16;
+pub(super) const NOISE: usize = 16;
 /// Rows from the onset on among which the peak is taken: how sharp it rose, not how high it drifted later.
 const PEAK: usize = 3;
 /// A rise that lasts longer than this many rows did not come back by itself.
 const LASTING: usize = 8;
-/// GradScaler doubles its scale after so many good steps and halves it at the skip that follows (torch default).
-const GROWTH_INTERVAL: u64 = 2000;
 
 /// What the log alone does not say.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -445,57 +442,6 @@ fn boundary_spikes(rows: &[LogRow], taken: &[Found]) -> Vec<Found> {
     }
     peaks.retain(|p| !taken.iter().any(|t| (t.step..=t.until).contains(&p.step)));
     peaks
-}
-
-/// Skipped steps and explosions of the gradient norm outside the loss spikes.
-fn gradient_spikes(rows: &[LogRow], context: &Context, taken: &[Found]) -> Vec<Found> {
-    let covered = |step: u64| taken.iter().any(|f| step + 1 >= f.step && step <= f.until + 2);
-    let mut found = Vec::new();
-    let mut past: Vec<f64> = Vec::new();
-    let mut last_skip = 0;
-    for (index, row) in rows.iter().enumerate() {
-        let (Some(norm), Some(loss)) = (row.grad_norm, row.loss) else { continue };
-        if !norm.is_finite() {
-            // Before the first finite norm the scale calibrates; after GROWTH_INTERVAL good steps it probes upwards.
-            let calibrating = context.loss_scaling && (past.is_empty() || row.step >= last_skip + GROWTH_INTERVAL);
-            last_skip = row.step;
-            if !calibrating && loss.is_finite() && loss != 0.0 && !covered(row.step) {
-                found.push(gradient_found(rows, index, SpikeKind::SkippedStep, &past));
-            }
-            continue;
-        }
-        if norm > 0.0 && !covered(row.step) && explodes(norm, &past) {
-            found.push(gradient_found(rows, index, SpikeKind::GradientExplosion, &past));
-        } else if norm > 0.0 {
-            past.push(norm);
-        }
-    }
-    found
-}
-
-fn explodes(norm: f64, past: &[f64]) -> bool {
-    let recent = &past[past.len().saturating_sub(NOISE)..];
-    if recent.len() <= ENOUGH {
-        return false;
-    }
-    let mut moves: Vec<f64> = recent.windows(2).map(|w| (w[1] / w[0]).ln().abs()).collect();
-    moves.sort_by(f64::total_cmp);
-    let threshold = MIN_EXPLOSION.ln().max(4.0 * moves[moves.len() / 2]).max(1.6 * moves[moves.len() * 9 / 10]);
-    (norm / middle(recent)).ln() >= threshold
-}
-
-/// Median of the last eight.
-fn middle(norms: &[f64]) -> f64 {
-    let mut recent = norms[norms.len().saturating_sub(8)..].to_vec();
-    recent.sort_by(f64::total_cmp);
-    recent.get(recent.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn gradient_found(rows: &[LogRow], index: usize, kind: SpikeKind, past: &[f64]) -> Found {
-    let at = rows[index].grad_norm.unwrap_or(f64::NAN);
-    let before = Some(middle(past)).filter(|b| b.is_finite());
-    let height = if at.is_finite() { before.map_or(1.0, |b| height(at, b)) } else { 1.0 };
-    Found { index, step: rows[index].step, until: rows[index].step, kind, before, at, height }
 }
 
 /// A log whose first loss is far above the entropy of a uniform guess is a multiple of the loss: nothing that was

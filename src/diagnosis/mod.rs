@@ -13,6 +13,7 @@ pub mod departure;
 pub mod detect;
 pub mod diagnose;
 pub mod evidence;
+mod explosion;
 mod fix;
 mod hardware;
 pub mod height;
