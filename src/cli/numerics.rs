@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use super::Common;
 use crate::device::{Compute, Device, cpu::CpuDevice};
 use crate::numerics::{
-    Bench, DeviceProduct, Effort, Evidence, Faults, Fingerprint, Soak, State, examine, fingerprint, parse_fault,
+    DeviceProduct, Effort, Evidence, Faults, Fingerprint, Soak, State, Suspect, examine, fingerprint, parse_fault,
     present, soak,
 };
 use crate::report::terminal::Style;
-use crate::{Error, Result, output};
+use crate::{Error, Result, interrupt, output};
 
 /// As typed. Exit code 1 where a fault was found.
 #[derive(Debug, ClapArgs)]
@@ -66,7 +66,10 @@ fn health(common: &Common, device: Arc<dyn Device>, seconds: u64) -> Result<()> 
     let name = device.name();
     let found = soak(device, Duration::from_secs(seconds), &mut |line: &Value| common.print(&format!("{line}\n")))?;
     common.write_json(&json!({"schema": "spikeprobe.soak/1", "device": name, "found": found}))?;
-    if found.healthy() { Ok(()) } else { Err(unhealthy(&name, &found)) }
+    if !found.healthy() {
+        return Err(unhealthy(&name, &found));
+    }
+    interrupt::check()
 }
 
 fn unhealthy(device: &str, found: &Soak) -> Error {
@@ -83,14 +86,14 @@ fn triage(args: &Args, common: &Common, device: Arc<dyn Device>, path: &std::pat
     if shown {
         output::status(&format!("replaying up to step {step}"));
     }
-    let bench = Bench::open(common.source(path, &[]), device, step)?;
+    let suspect = Suspect::open(common.source(path, &[]), device, step)?;
     let fault = args.inject.as_deref().map(parse_fault).transpose()?.map(|fault| Arc::new(Faults::new(fault)));
     let trusted: Arc<dyn Device> = Arc::new(CpuDevice::new(common.threads.map(usize::from))?);
     let effort = Effort { repeats: usize::from(args.repeats), ..Effort::default() };
     if shown {
         output::status(&format!("step {step}: repeats, checksums, recomputation, other orders of addition"));
     }
-    let evidence = examine(&bench, &trusted, effort, fault.as_ref());
+    let evidence = examine(&suspect, &trusted, effort, fault.as_ref());
     if shown {
         output::status("");
     }

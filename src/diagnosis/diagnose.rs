@@ -135,6 +135,8 @@ fn assemble(
         // The other spikes showed more rows of the same kind; the summary names them all.
         first.evidence.rows.clone_from(&rows);
         top = verdict::judge(&first.evidence);
+        // One of the listed spikes carries the verdict, word for word: that is how a reader finds its step.
+        spikes.iter_mut().filter(|s| s.step == spike.step).for_each(|s| s.verdict.clone_from(&top));
     }
     let shares = shares_of(lab, &first, spike.step, budget)?;
     let fix = match top.harmful {

@@ -46,7 +46,7 @@ pub struct Baseline {
     pub perturbed_with_spike: usize,
     /// From the next checkpoint on the replay matches the log again.
     pub matches_after: bool,
-    /// How this device computes the spike's step, where that was asked: the same twice, as another device does?
+    /// How this device computes the spike's step, where that was asked: the same twice, and as its checksums say?
     pub arithmetic: Option<State>,
 }
 

@@ -10,7 +10,7 @@ use crate::batches::{Corpus, RowId};
 use crate::device::cpu::CpuDevice;
 use crate::device::{DType, Device};
 use crate::model::PrecisionPlan;
-use crate::numerics::{Bench, Effort, State, examine};
+use crate::numerics::{Effort, State, Suspect, examine};
 use crate::probe::{Measurement, Probes};
 use crate::replay::{Intervention, Start, Trace};
 use crate::replay::{Observer, Replayer, Silent};
@@ -38,7 +38,7 @@ pub trait Laboratory {
     /// What cannot be replayed.
     fn measure(&mut self, start: &Start, step: u64) -> Result<Vec<Measurement>>;
 
-    /// Whether this device computes `step` the same way every time, and as another device does; `None`: cannot be asked.
+    /// Whether this device computes `step` the same way every time, and as its checksums say; `None`: cannot be asked.
     ///
     /// # Errors
     /// What cannot be replayed.
@@ -81,9 +81,9 @@ impl Laboratory for ReplayLaboratory<'_> {
     }
 
     fn arithmetic(&mut self, step: u64) -> Result<Option<State>> {
-        let bench = Bench::open(self.replayer.source().clone(), self.replayer.shared_device(), step)?;
+        let suspect = Suspect::open(self.replayer.source().clone(), self.replayer.shared_device(), step)?;
         let trusted: Arc<dyn Device> = Arc::new(CpuDevice::new(None)?);
-        examine(&bench, &trusted, Effort::default(), None).map(|evidence| Some(evidence.state()))
+        examine(&suspect, &trusted, Effort::default(), None).map(|evidence| Some(evidence.state()))
     }
 }
 

@@ -62,7 +62,7 @@ pub fn of(evidence: &Evidence, cause: Cause, confidence: Confidence) -> String {
 fn hardware(evidence: &Evidence) -> String {
     let here = match evidence.baseline.arithmetic {
         Some(State::Correct) => {
-            " The device of this replay repeats the step bit for bit and agrees with a recomputation."
+            " The device of this replay repeats the step bit for bit and agrees with its checksums."
         }
         Some(State::Transient | State::Persistent) => {
             " The device of this replay computes the step wrongly as well: see spikeprobe numerics --triage."

@@ -13,88 +13,95 @@ pub fn findings(run: &Run) -> Vec<Finding> {
 
 /// What the configuration asks for and cannot get.
 fn asked(run: &Run) -> Vec<Finding> {
-    let c = &run.config;
-    let mut found = Vec::new();
-    let does = |key: &str| c.written.get(key).and_then(Value::as_bool) == Some(true);
+    let does = |key: &str| run.config.written.get(key).and_then(Value::as_bool) == Some(true);
     // do_predict and do_eval alone evaluate once, by themselves.
     if !does("do_train") && (does("do_predict") || does("do_eval")) {
-        return found;
+        return Vec::new();
     }
-    let mut add =
-        |code, severity, key: &str, text: String| found.push(Finding::new(code, severity, run.place(key), text));
-    let has_data = c.val_size > 0.0 || !c.eval_dataset.is_empty();
+    let mut found = refused(run);
+    found.extend(never_asked(run));
+    if run.config.eval_strategy != "no" && has_rows(run) {
+        found.extend(too_late(run));
+        if does("predict_with_generate") {
+            let text = "predict_with_generate evaluates by generation: the labels are removed and there is no eval_loss; \
+                        remove it";
+            found.push(warning(run, Code::EvalGenerates, "predict_with_generate", text.into()));
+        }
+    }
+    found
+}
+
+fn has_rows(run: &Run) -> bool {
+    run.config.val_size > 0.0 || !run.config.eval_dataset.is_empty()
+}
+
+fn warning(run: &Run, code: Code, key: &str, text: String) -> Finding {
+    Finding::new(code, Severity::Warning, run.place(key), text)
+}
+
+/// Keys that stop the trainer.
+fn refused(run: &Run) -> Vec<Finding> {
+    let c = &run.config;
+    let error = |code, key: &str, text: &str| Finding::new(code, Severity::Error, run.place(key), text.to_owned());
+    let mut found = Vec::new();
     let transformers = run.versions.transformers.as_ref().map(|(v, _)| *v);
     if c.written.contains_key("evaluation_strategy") && transformers.is_some_and(|v| v >= Version(4, 51, 0)) {
-        add(
+        found.push(error(
             Code::EvalKeyRemoved,
-            Severity::Error,
             "evaluation_strategy",
-            "transformers ≥ 4.51 does not know evaluation_strategy any more and stops; write eval_strategy".into(),
-        );
+            "transformers ≥ 4.51 does not know evaluation_strategy any more and stops; write eval_strategy",
+        ));
     }
     if c.val_size > 0.0 && !c.eval_dataset.is_empty() {
-        add(
+        found.push(error(
             Code::EvalSplitAndDataset,
-            Severity::Error,
             "val_size",
-            "val_size and eval_dataset exclude each other: LLaMA-Factory stops; remove one of them".into(),
-        );
+            "val_size and eval_dataset exclude each other: LLaMA-Factory stops; remove one of them",
+        ));
     }
-    if has_data && c.eval_strategy == "no" {
-        let (key, what) = if c.val_size > 0.0 {
-            ("val_size", format!("val_size {} takes rows away from training", c.val_size))
-        } else {
-            ("eval_dataset", "eval_dataset is loaded".to_owned())
-        };
-        add(
-            Code::EvalStrategyNo,
-            Severity::Warning,
-            key,
-            format!(
-                "{what}, but eval_strategy is `no` (its default), so nothing is ever evaluated; add\n    eval_strategy: \
-                 steps\n    eval_steps: {}",
-                suggested_steps(run)
-            ),
-        );
+    found
+}
+
+/// Rows for evaluation, and no evaluation.
+fn never_asked(run: &Run) -> Option<Finding> {
+    let c = &run.config;
+    if !has_rows(run) || c.eval_strategy != "no" {
+        return None;
     }
-    let enabled = c.eval_strategy != "no" && has_data;
-    let total = run.log.total_steps;
-    if let (true, Some(steps), Some(total)) = (enabled && c.eval_strategy == "steps", c.eval_steps, total)
-        && steps > total as f64
-    {
+    let (key, what) = if c.val_size > 0.0 {
+        ("val_size", format!("val_size {} takes rows away from training", c.val_size))
+    } else {
+        ("eval_dataset", "eval_dataset is loaded".to_owned())
+    };
+    let text = format!(
+        "{what}, but eval_strategy is `no` (its default), so nothing is ever evaluated; add\n    eval_strategy: steps\n    \
+         eval_steps: {}",
+        suggested_steps(run)
+    );
+    Some(warning(run, Code::EvalStrategyNo, key, text))
+}
+
+/// Evaluations that lie beyond the last step.
+fn too_late(run: &Run) -> Vec<Finding> {
+    let Some(total) = run.log.total_steps else { return Vec::new() };
+    let mut found = Vec::new();
+    let every = run.config.eval_steps.filter(|_| run.config.eval_strategy == "steps");
+    if let Some(steps) = every.filter(|&steps| steps > total as f64) {
         let late = if run.versions.transformers_at_least(5, 0) {
             "it evaluates once, at the last step"
         } else {
             "the only evaluation is the one after training, whose row is not in trainer_log.jsonl"
         };
-        add(
-            Code::EvalStepsTooLarge,
-            Severity::Warning,
-            "eval_steps",
-            format!(
-                "eval_steps {steps} lies beyond the last step ({total}): {late}; write eval_steps: {}",
-                suggested_steps(run)
-            ),
+        let text = format!(
+            "eval_steps {steps} lies beyond the last step ({total}): {late}; write eval_steps: {}",
+            suggested_steps(run)
         );
+        found.push(warning(run, Code::EvalStepsTooLarge, "eval_steps", text));
     }
-    if enabled && c.written.get("predict_with_generate").and_then(Value::as_bool) == Some(true) {
-        add(
-            Code::EvalGenerates,
-            Severity::Warning,
-            "predict_with_generate",
-            "predict_with_generate evaluates by generation: the labels are removed and there is no eval_loss; remove it".into(),
-        );
-    }
-    let delay = c.written.get("eval_delay").and_then(Value::as_f64);
-    if let (true, Some(delay), Some(total)) = (enabled, delay, total)
-        && delay > total as f64
-    {
-        add(
-            Code::EvalDelayed,
-            Severity::Warning,
-            "eval_delay",
-            format!("eval_delay {delay} lies beyond the last step ({total}): nothing is evaluated; remove it"),
-        );
+    let delay = run.config.written.get("eval_delay").and_then(Value::as_f64);
+    if let Some(delay) = delay.filter(|&delay| delay > total as f64) {
+        let text = format!("eval_delay {delay} lies beyond the last step ({total}): nothing is evaluated; remove it");
+        found.push(warning(run, Code::EvalDelayed, "eval_delay", text));
     }
     found
 }

@@ -30,4 +30,4 @@ pub use recompute::{Mismatch, Recompute};
 pub use reorder::Reorder;
 pub use soak::{Soak, soak};
 pub use trail::{Location, Mark, Trail, near, parting};
-pub use triage::{Bench, Effort, Evidence, State, examine};
+pub use triage::{Effort, Evidence, State, Suspect, examine};

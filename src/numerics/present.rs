@@ -88,7 +88,9 @@ pub fn fingerprints_json(device: &dyn Device, seen: &[(&str, Fingerprint)]) -> V
 /// What a state means.
 pub fn sentence(state: State) -> &'static str {
     match state {
-        State::Correct => "this device computes the step the same way every time, and as another device does",
+        State::Correct => {
+            "this device computes the step the same way every time, and its products agree with their checksums"
+        }
         State::Transient => "one repeat of the step differed and the others agreed: a transient fault",
         State::Persistent => "the same wrong result every time: a persistent fault of this device or its software",
         State::OrderDependent => {

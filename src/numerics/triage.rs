@@ -1,4 +1,5 @@
-//! One step of a run, interrogated: does this device compute it the same way twice, as another device does, and how
+//! One step of a run, interrogated: does this device compute it the same way twice, do checksums and a
+//! recomputation agree, and how
 //! far would another order of additions have moved it?
 //!
 //! The evidence is gathered by [`examine`]; [`Evidence::state`] judges it and nothing else.
@@ -110,8 +111,8 @@ impl Default for Effort {
     }
 }
 
-/// A run opened on a device whose operations can be watched.
-pub struct Bench {
+/// A step of a run on a device whose operations can be watched.
+pub struct Suspect {
     switch: Arc<Switch>,
     /// Below the watching hook: faults planted into the suspect.
     faults: Arc<Switch>,
@@ -123,7 +124,7 @@ pub struct Bench {
 
 /// Sets a hook for one step of a replay and takes it away after it.
 struct OneStep<'b> {
-    bench: &'b Bench,
+    suspect: &'b Suspect,
     hook: Option<Arc<dyn Hook>>,
     fault: Option<Arc<Faults>>,
     /// A replay asks for a step's probes while it looks ahead and again when it runs the step.
@@ -132,37 +133,39 @@ struct OneStep<'b> {
 
 impl Observer for OneStep<'_> {
     fn probes(&mut self, step: u64) -> Probes {
-        if step == self.bench.step {
+        if step == self.suspect.step {
             if let (Some(fault), false) = (&self.fault, self.begun) {
                 fault.begin_step();
             }
             self.begun = true;
-            self.bench.faults.set(self.fault.clone().map(|fault| fault as Arc<dyn Hook>));
-            self.bench.switch.set(self.hook.clone());
+            self.suspect.faults.set(self.fault.clone().map(|fault| fault as Arc<dyn Hook>));
+            self.suspect.switch.set(self.hook.clone());
         }
         Probes::Off
     }
     fn wants_state(&mut self, step: u64) -> bool {
-        step == self.bench.step
+        step == self.suspect.step
     }
     fn step(&mut self, record: &StepRecord) -> Result<()> {
-        if record.step == self.bench.step {
-            self.bench.unhook();
+        if record.step == self.suspect.step {
+            self.suspect.unhook();
         }
         Ok(())
     }
 }
 
-impl Bench {
+impl Suspect {
     /// Opens the run and replays it up to the step before `step`.
     ///
     /// # Errors
     /// Those of the run and its replay.
-    pub fn open(source: Source, suspect: Arc<dyn Device>, step: u64) -> Result<Self> {
+    pub fn open(source: Source, device: Arc<dyn Device>, step: u64) -> Result<Self> {
         let (switch, faults) = (Arc::new(Switch::default()), Arc::new(Switch::default()));
         let hooked = |inner, hook: &Arc<Switch>| Arc::new(Hooked { inner, hook: Arc::clone(hook) as Arc<dyn Hook> });
-        let device = hooked(hooked(suspect, &faults), &switch);
+        let device = hooked(hooked(device, &faults), &switch);
         let replayer = Replayer::open(Source { cache: None, ..source }, device)?;
+        // Names the step that was typed, not the one before it, where the run has none.
+        replayer.window(step)?;
         let names = replayer.scene().engine.weight_names();
         let start = replayer.start_before(step);
         let first = match start {
@@ -180,7 +183,7 @@ impl Bench {
     /// # Errors
     /// Those of the replay.
     pub fn run(&self, hook: Option<Arc<dyn Hook>>, fault: Option<&Arc<Faults>>) -> Result<StepRecord> {
-        let mut observer = OneStep { bench: self, hook, fault: fault.cloned(), begun: false };
+        let mut observer = OneStep { suspect: self, hook, fault: fault.cloned(), begun: false };
         let trace = self.replayer.replay(&self.start, self.step, &[], &mut observer);
         self.unhook();
         let last = trace?.steps.pop();
@@ -199,45 +202,45 @@ impl Bench {
     }
 }
 
-/// Interrogates the step on the device of `bench` (into which `fault` was planted, if there is one).
+/// Interrogates the step on the device of `suspect` (into which `fault` was planted, if there is one).
 ///
 /// # Errors
 /// Those of the replay.
 pub fn examine(
-    bench: &Bench,
+    suspect: &Suspect,
     trusted: &Arc<dyn Device>,
     effort: Effort,
     fault: Option<&Arc<Faults>>,
 ) -> Result<Evidence> {
-    let device = bench.replayer.shared_device();
+    let device = suspect.replayer.shared_device();
     let shares_memory = device.name() == trusted.name();
     let (mut trails, mut repeats) = (Vec::new(), Vec::new());
     for _ in 0..effort.repeats.max(2) {
-        let (marks, numbers) = bench.marks(fault)?;
+        let (marks, numbers) = suspect.marks(fault)?;
         trails.push(marks);
         repeats.push(numbers);
     }
-    let (parted, never_the_same) = odd_one(&trails, &bench.names);
+    let (parted, never_the_same) = odd_one(&trails, &suspect.names);
     let checksums = Arc::new(Checksums::default());
-    bench.run(Some(Arc::clone(&checksums) as Arc<dyn Hook>), fault)?;
+    suspect.run(Some(Arc::clone(&checksums) as Arc<dyn Hook>), fault)?;
     let (products, violations) = checksums.found();
     let recompute = Arc::new(Recompute::on(Arc::clone(trusted), shares_memory));
-    bench.run(Some(Arc::clone(&recompute) as Arc<dyn Hook>), fault)?;
+    suspect.run(Some(Arc::clone(&recompute) as Arc<dyn Hook>), fault)?;
     let mismatch = recompute.mismatches().into_iter().next().map(|m| {
-        let near = trails.first().and_then(|marks| near(marks, m.call, &bench.names));
+        let near = trails.first().and_then(|marks| near(marks, m.call, &suspect.names));
         let location = Location { call: m.call, operation: m.operation, near, result: m.result, row: m.row };
         (location, m)
     });
     let mut reordered = Vec::new();
     for seed in 0..effort.orders as u64 {
-        let record = bench.run(Some(Arc::new(Reorder { seed })), fault)?;
+        let record = suspect.run(Some(Arc::new(Reorder { seed })), fault)?;
         reordered.push((record.loss, record.grad_norm));
     }
-    let row = bench.replayer.run().log.rows.iter().rev().find(|row| row.step == bench.step);
+    let row = suspect.replayer.run().log.rows.iter().rev().find(|row| row.step == suspect.step);
     let alone = row.filter(|row| row.window == 1).and_then(|row| row.loss);
-    let floor = Envelope::floor(bench.replayer.scene().engine.plan());
+    let floor = Envelope::floor(suspect.replayer.scene().engine.plan());
     Ok(Evidence {
-        step: bench.step,
+        step: suspect.step,
         repeats,
         parted,
         never_the_same,

@@ -148,7 +148,9 @@ impl Settings {
     ) -> Result<T> {
         let Some((value, origin)) = self.find(key).filter(|(value, _)| !value.is_null()) else { return Ok(default) };
         let Some(read) = read(&value) else {
-            return Err(Error::input(format!("expected {wanted}, found {}", self.show(&value))).at(self.place(key)));
+            return Err(Error::input(format!("expected {wanted}, found {}", self.show(&value)))
+                .at(self.place(key))
+                .next(format!("write {wanted}, or leave {key} out for its default")));
         };
         if origin != Origin::TrainingArgs || read != default {
             self.origins.insert(key.to_owned(), origin);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use spikeprobe::device::{Device, cpu::CpuDevice, noise};
-use spikeprobe::numerics::{Bench, Effort, Evidence, Fault, Faults, Lasts, State, Trail, Wrong, examine};
+use spikeprobe::numerics::{Effort, Evidence, Fault, Faults, Lasts, State, Suspect, Trail, Wrong, examine};
 use spikeprobe::replay::Source;
 
 const FP32: &str = "runs/k6-healthy-cos-qwen2-fp32";
@@ -20,13 +20,13 @@ fn cpu() -> Arc<dyn Device> {
     Arc::new(CpuDevice::new(Some(2)).unwrap())
 }
 
-fn bench(run: &str, step: u64) -> Bench {
-    Bench::open(source(run), cpu(), step).unwrap_or_else(|e| panic!("{run}: {e}"))
+fn suspect(run: &str, step: u64) -> Suspect {
+    Suspect::open(source(run), cpu(), step).unwrap_or_else(|e| panic!("{run}: {e}"))
 }
 
-fn calls(bench: &Bench) -> u64 {
+fn calls(suspect: &Suspect) -> u64 {
     let trail = Arc::new(Trail::default());
-    bench.run(Some(trail.clone()), None).unwrap();
+    suspect.run(Some(trail.clone()), None).unwrap();
     trail.marks().len() as u64
 }
 
@@ -43,22 +43,22 @@ fn fault(n: u64, calls: u64, lasts: Lasts) -> Fault {
 }
 
 /// Evidence on the n-th fault, with the operation it struck; `None` where it changed nothing.
-fn examined(bench: &Bench, fault: Fault) -> Option<(Evidence, &'static str)> {
+fn examined(suspect: &Suspect, fault: Fault) -> Option<(Evidence, &'static str)> {
     let planted = Arc::new(Faults::new(fault));
-    let evidence = examine(bench, &cpu(), REPEATS_ONLY, Some(&planted)).unwrap_or_else(|e| panic!("{fault:?}: {e}"));
+    let evidence = examine(suspect, &cpu(), REPEATS_ONLY, Some(&planted)).unwrap_or_else(|e| panic!("{fault:?}: {e}"));
     planted.struck().map(|operation| (evidence, operation))
 }
 
 /// Shares of the faults with a trace that are told apart, and that are found where they were planted.
 fn shares(run: &str, step: u64, faults: u64) -> (f64, f64) {
-    let bench = bench(run, step);
-    let calls = calls(&bench);
+    let suspect = suspect(run, step);
+    let calls = calls(&suspect);
     let (mut traced, mut told, mut found) = (0, 0, 0);
     for n in 0..faults {
         let (lasts, state) =
             if n % 2 == 0 { (Lasts::Once, State::Transient) } else { (Lasts::Always, State::Persistent) };
         let fault = fault(n, calls, lasts);
-        let Some((evidence, operation)) = examined(&bench, fault) else { continue };
+        let Some((evidence, operation)) = examined(&suspect, fault) else { continue };
         traced += 1;
         told += u64::from(evidence.state() == state);
         let here = evidence.location().is_some_and(|l| l.call as u64 == fault.call && l.operation == operation);
@@ -77,7 +77,7 @@ fn transient_and_persistent_faults_are_told_apart_and_found() {
 #[test]
 fn a_clean_step_is_accused_of_nothing() {
     for (run, step) in [(FP32, 1), (FP32, 5), (BF16, 1), (BF16, 4)] {
-        let evidence = examine(&bench(run, step), &cpu(), Effort { repeats: 2, orders: 1 }, None).unwrap();
+        let evidence = examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 1 }, None).unwrap();
         assert_eq!(evidence.violations, vec![], "{run} step {step}");
         assert!(matches!(evidence.state(), State::Correct | State::OrderDependent), "{run} step {step}: {evidence:?}");
     }
@@ -92,7 +92,7 @@ fn two_hundred_faults_and_a_hundred_clean_steps() {
     assert!(shares.iter().all(|(told, found)| *told >= 0.95 && *found >= 0.9), "{shares:?}");
     for n in 0..100u64 {
         let (run, step) = if n % 2 == 0 { (FP32, 1 + n / 10) } else { (BF16, 1 + n / 10) };
-        let evidence = examine(&bench(run, step), &cpu(), Effort { repeats: 2, orders: 0 }, None).unwrap();
+        let evidence = examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 0 }, None).unwrap();
         assert!(evidence.violations.is_empty() && evidence.mismatch.is_none(), "{run} step {step}: {evidence:?}");
         assert_eq!(evidence.parted, None, "{run} step {step}");
     }
