@@ -3,6 +3,13 @@
 // add             out = a + b                 Bytes: n · (size a + size b + size out)
 // scale           out = x · s                 Bytes: n · (size x + size out); in place when out == x
 // accumulate      acc = acc + g               Bytes: n · (2·size acc + size g)
+// accumulate_units  acc = acc + g[0], then + g[1], … of g [units, n], rounded to acc's dtype after each
+//                 Bytes: n · (2·size acc + units · size g)
+// add_scaled      y = y + round(v · s, v), in place: the end of a linear with its LoRA branch
+//                 Bytes: n · (2·size y + size v)
+// add_in_turn     out = before + round(term, out), rounded, then + round(own, out): the gradient of an input that several
+//                 linears share. before (in out's dtype) and term may be null; out may be the memory of any operand of its
+//                 own dtype.                  Bytes: n · (2·size out + size term + size own)
 // perturb         out = x · (1 + h · u), u symmetric noise in (−1, 1), h half an ulp of a dtype
 // dropout         out = x · (u < p ? 0 : 1/(1 − p)), u uniform in [0, 1)
 //                 Both draw from src/device/noise.rs's generator: a pure function of (seed, stream, element).
@@ -21,6 +28,35 @@ extern "C" __global__ void scale(void* out, int out_tag, const void* x, int x_ta
 extern "C" __global__ void accumulate(void* acc, int acc_tag, const void* g, int g_tag, u64 n) {
     for (u64 i = global_thread(); i < n; i += all_threads()) {
         store(acc, i, load(acc, i, acc_tag) + load(g, i, g_tag), acc_tag);
+    }
+}
+
+extern "C" __global__ void accumulate_units(void* acc, int acc_tag, const void* g, int g_tag, u64 units, u64 n) {
+    for (u64 i = global_thread(); i < n; i += all_threads()) {
+        float sum = load(acc, i, acc_tag);
+        for (u64 unit = 0; unit < units; unit++) sum = round_to(sum + load(g, unit * n + i, g_tag), acc_tag);
+        store(acc, i, sum, acc_tag);
+    }
+}
+
+extern "C" __global__ void add_scaled(void* y, int y_tag, const void* v, int v_tag, float s, u64 n) {
+    for (u64 i = global_thread(); i < n; i += all_threads()) {
+        store(y, i, load(y, i, y_tag) + round_to(load(v, i, v_tag) * s, v_tag), y_tag);
+    }
+}
+
+extern "C" __global__ void add_in_turn(void* out, int out_tag, const void* before, const void* term, int term_tag,
+                                       const void* own, int own_tag, u64 n) {
+    for (u64 i = global_thread(); i < n; i += all_threads()) {
+        float sum = round_to(load(own, i, own_tag), out_tag);
+        if (term) {
+            float first = round_to(load(term, i, term_tag), out_tag);
+            if (before) first = round_to(load(before, i, out_tag) + first, out_tag);
+            sum = first + sum;
+        } else if (before) {
+            sum = load(before, i, out_tag) + sum;
+        }
+        store(out, i, sum, out_tag);
     }
 }
 

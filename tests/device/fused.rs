@@ -54,24 +54,28 @@ fn onto(device: &dyn Device) {
             let (dy, w) = (drawn(device, &[n, fan_out], out, 1), drawn(device, &[fan_out, fan_in], out, 2));
             let (du, a) = (drawn(device, &[n, rank], branch, 3), drawn(device, &[rank, fan_in], branch, 4));
             let low = LowRank { x: &du, w: &a, compute: Compute::of(branch), dtype: branch };
-            let before = drawn(device, &[n, fan_in], out, 5);
-            let cast = |x: &Tensor| device.cast(x, out).expect("cast");
-            let own = cast(&device.linear_input_grad(&dy, &w, Compute::of(out), out).expect("grad"));
-            let side = cast(&device.linear_input_grad(&du, &a, Compute::of(branch), branch).expect("grad"));
-            for so_far in [None, Some(before)] {
-                for with in [None, Some(&low)] {
-                    let mut sum = so_far.clone();
-                    for part in with.map(|_| &side).into_iter().chain([&own]) {
-                        sum = Some(match sum {
-                            None => part.clone(),
-                            Some(sum) => device.add(&sum, part, out).expect("add"),
-                        });
+            let compute = Compute::of(out);
+            let own = device.linear_input_grad(&dy, &w, compute, out).expect("grad");
+            let side = device.linear_input_grad(&du, &a, low.compute, branch).expect("grad");
+            // Under autocast the input, and with it the sum, is f32 where the products are half.
+            for dtype in [out, DType::F32] {
+                let [own, side] = [&own, &side].map(|x| device.cast(x, dtype).expect("cast"));
+                let before = drawn(device, &[n, fan_in], dtype, 5);
+                for so_far in [None, Some(before)] {
+                    for with in [None, Some(&low)] {
+                        let mut sum = so_far.clone();
+                        for part in with.map(|_| &side).into_iter().chain([&own]) {
+                            sum = Some(match sum {
+                                None => part.clone(),
+                                Some(sum) => device.add(&sum, part, dtype).expect("add"),
+                            });
+                        }
+                        let got = device.linear_input_grad_onto(so_far.clone(), with, &dy, &w, compute, out, dtype);
+                        let (got, want) = (got.expect("onto"), sum.expect("at least one part"));
+                        let what = format!("{n} {out:?} {branch:?} {dtype:?} {} {}", so_far.is_some(), with.is_some());
+                        assert_eq!((got.dtype, &got.shape), (dtype, &want.shape), "{what}");
+                        same(&what, &download(device, &got), &download(device, &want));
                     }
-                    let compute = Compute::of(out);
-                    let got = device.linear_input_grad_onto(so_far.clone(), with, &dy, &w, compute, out, out);
-                    let (got, want) = (got.expect("onto"), sum.expect("at least one part"));
-                    let what = format!("{n} {out:?} {branch:?} {} {}", so_far.is_some(), with.is_some());
-                    same(&what, &download(device, &got), &download(device, &want));
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::kernels::{Launch, Plain, compute_tag};
 use super::{CudaDevice, Operand, expect, expect_offsets, narrow};
 use crate::Result;
-use crate::device::{AttentionShape, Compute, DType, Tensor};
+use crate::device::{AttentionShape, Compute, DType, Storage, Tensor};
 
 /// Largest head_dim of the narrow and of the wide attention kernels.
 const NARROW: usize = 128;
@@ -240,6 +240,24 @@ impl CudaDevice {
     }
 
     pub(super) fn loss(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        let d_logits = self.empty(&logits.shape, logits.dtype)?;
+        Ok((self.loss_into(&d_logits, logits, labels, seed)?, d_logits))
+    }
+
+    /// [`Self::loss`] with the gradient in the logits' own memory, if nobody else holds it.
+    pub(super) fn loss_owned(&self, mut logits: Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        let unshared = match &mut logits.storage {
+            Storage::Cuda(buffer) => buffer.is_unique(),
+            Storage::Cpu(_) | Storage::Mapped(_) => false,
+        };
+        if unshared {
+            return Ok((self.loss_into(&logits, &logits, labels, seed)?, logits));
+        }
+        self.loss(&logits, labels, seed)
+    }
+
+    /// Losses per row; the gradient goes to `d_logits`, which may be `logits`.
+    fn loss_into(&self, d_logits: &Tensor, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<Vec<f32>> {
         let (rows, vocabulary) = (logits.rows(), logits.columns());
         expect(labels.len() == rows && seed.len() == rows && vocabulary > 0, "cross_entropy", || {
             format!("logits {:?}, {} labels, {} seeds", logits.shape, labels.len(), seed.len())
@@ -247,14 +265,13 @@ impl CudaDevice {
         expect(labels.iter().all(|&l| (l as usize) < vocabulary), "cross_entropy", || {
             format!("label {:?} of {vocabulary}", labels.iter().max())
         })?;
-        let d_logits = self.empty(&logits.shape, logits.dtype)?;
         let losses = self.bytes(rows * size_of::<f32>())?;
-        let (from, to) = (self.operand(logits)?, self.operand(&d_logits)?);
+        let (from, to) = (self.operand(logits)?, self.operand(d_logits)?);
         let (targets, seeds) = (self.put(labels)?, self.put(seed)?);
         let launch = self.kernels.launch("cross_entropy").buffer(&losses).value(to.address);
         let launch = launch.tagged(from.address, from.dtype).buffer(&targets).buffer(&seeds).value(vocabulary as u64);
-        // SAFETY: loss.cu; labels were checked.
+        // SAFETY: loss.cu; labels were checked, both hold rows · vocabulary elements of one dtype.
         unsafe { launch.run((narrow(rows, "row count")?, 1), 256)? };
-        Ok((self.get(&losses, rows)?, d_logits))
+        self.get(&losses, rows)
     }
 }

@@ -8,6 +8,7 @@ mod cublas;
 mod decoder;
 mod driver;
 mod elementwise;
+mod fused;
 mod kernels;
 mod measure;
 mod memory;
@@ -22,8 +23,8 @@ pub use measure::Measured;
 pub use memory::Buffer;
 
 use super::{
-    AdamW, AttentionShape, Compute, DType, Device, Norm, Offsets, PendingNorms, Statistics, Storage, Tensor, Update,
-    UpdateRule,
+    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, Statistics, Storage, Tensor,
+    Update, UpdateRule,
 };
 use crate::{Error, Result};
 
@@ -218,6 +219,30 @@ impl Device for CudaDevice {
     ) -> Result<Tensor> {
         self.product_weight_grad(dy, x, units, compute, out)
     }
+    fn linear_adapted(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        compute: Compute,
+        out: DType,
+        branch: &LowRank<'_>,
+        scaling: f32,
+    ) -> Result<Tensor> {
+        self.adapted(x, w, bias, compute, out, branch, scaling)
+    }
+    fn linear_input_grad_onto(
+        &self,
+        so_far: Option<Tensor>,
+        branch: Option<&LowRank<'_>>,
+        dy: &Tensor,
+        w: &Tensor,
+        compute: Compute,
+        out: DType,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        self.input_grad_onto(so_far, branch, dy, w, compute, out, dtype)
+    }
 
     fn add(&self, a: &Tensor, b: &Tensor, out: DType) -> Result<Tensor> {
         self.sum(a, b, out)
@@ -287,9 +312,15 @@ impl Device for CudaDevice {
     fn cross_entropy(&self, logits: &Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
         self.loss(logits, labels, seed)
     }
+    fn cross_entropy_owned(&self, logits: Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        self.loss_owned(logits, labels, seed)
+    }
 
     fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
         self.add_to(acc, g)
+    }
+    fn accumulate_units(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
+        self.add_units_to(acc, units)
     }
     fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()> {
         self.scale_by(x, s)
