@@ -158,7 +158,7 @@ fn a_folder_needs_one_configuration() {
 
 #[test]
 fn bare_nan_and_infinity_are_numbers_and_text_stays_text() {
-    let value =
+    let value: serde_json::Value =
         json::parse(r#"{"a": NaN, "b": [-Infinity, Infinity, 1e-3], "c": "NaN \" Infinity", "d\"NaN": 1}"#).unwrap();
     assert!(json::float(&value["a"]).unwrap().is_nan());
     assert_eq!(json::float(&value["b"][0]), Some(f64::NEG_INFINITY));

@@ -77,7 +77,7 @@ pub fn first_other_adapter(run: &Run, baseline: &Run) -> Option<(u64, String, St
 /// Every data set's files.
 pub fn data(run: &Run) -> String {
     let dir = run.path(&run.config.dataset_dir);
-    let info =
+    let info: Option<serde_json::Value> =
         std::fs::read_to_string(dir.join("dataset_info.json")).ok().and_then(|t| crate::run::json::parse(&t).ok());
     let of = |name: &String| {
         let path = info.as_ref()?.get(name)?.get("file_name")?.as_str()?.to_owned();

@@ -182,7 +182,8 @@ fn adapter_config(folder: &Path, weights: &AdapterWeights) -> Result<(f64, Vec<S
     let path = folder.join("adapter_config.json");
     let broken = |what: &str| Error::input(what).at_path(&path).next("copy the adapter folder again");
     let text = std::fs::read_to_string(&path).map_err(|e| broken(&format!("cannot be read: {e}")))?;
-    let json = crate::run::json::parse(&text).map_err(|e| broken(&format!("not valid JSON: {e}")))?;
+    let json: serde_json::Value =
+        crate::run::json::parse(&text).map_err(|e| broken(&format!("not valid JSON: {e}")))?;
     let number = |key: &str| json.get(key).and_then(serde_json::Value::as_f64);
     let (Some(alpha), Some(rank)) = (number("lora_alpha"), number("r")) else {
         return Err(broken("lora_alpha or r is missing"));

@@ -5,13 +5,14 @@
 
 use std::borrow::Cow;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Parses a JSON text that may hold bare NaN and Infinity tokens.
 ///
 /// # Errors
 /// serde_json's message with line and column.
-pub fn parse(text: &str) -> std::result::Result<Value, serde_json::Error> {
+pub fn parse<T: DeserializeOwned>(text: &str) -> std::result::Result<T, serde_json::Error> {
     serde_json::from_str(&quote_non_finite(text))
 }
 
@@ -19,12 +20,17 @@ pub fn parse(text: &str) -> std::result::Result<Value, serde_json::Error> {
 pub fn float(value: &Value) -> Option<f64> {
     match value {
         Value::Number(n) => n.as_f64(),
-        Value::String(s) => match s.as_str() {
-            "NaN" | "nan" => Some(f64::NAN),
-            "Infinity" | "inf" => Some(f64::INFINITY),
-            "-Infinity" | "-inf" => Some(f64::NEG_INFINITY),
-            _ => None,
-        },
+        Value::String(s) => non_finite(s),
+        _ => None,
+    }
+}
+
+/// The number that a token of [`parse`], or Python's own word for it, stands for.
+pub fn non_finite(text: &str) -> Option<f64> {
+    match text {
+        "NaN" | "nan" => Some(f64::NAN),
+        "Infinity" | "inf" => Some(f64::INFINITY),
+        "-Infinity" | "-inf" => Some(f64::NEG_INFINITY),
         _ => None,
     }
 }

@@ -6,6 +6,7 @@ mod adapter;
 mod attempts;
 mod checkpoint;
 mod config;
+mod entry;
 mod evidence;
 mod find;
 pub mod json;

@@ -205,7 +205,7 @@ impl Settings {
     /// A mapping; text is parsed as JSON, as LLaMA-Factory does.
     pub fn mapping(&mut self, key: &str) -> Result<BTreeMap<String, Value>> {
         self.typed(key, BTreeMap::new(), "a mapping", |v| {
-            let parsed;
+            let parsed: Value;
             let map = match v {
                 Value::String(s) => {
                     parsed = super::json::parse(s).ok()?;

@@ -2,13 +2,13 @@
 //!
 //! One file → its rows. Merging them and cutting them into attempts is in `log.rs` and `attempts.rs`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value;
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny};
 
 use super::EvalRow;
-use super::json::float;
+use super::entry::{Entry, Scalar};
 use crate::{Error, Result};
 
 /// One training row of either file.
@@ -48,25 +48,25 @@ impl TrainerState {
     /// Unreadable file or broken JSON.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
-        let value = super::json::parse(&text).map_err(|e| {
+        let members: Members = super::json::parse(&text).map_err(|e| {
             Error::input(format!("invalid JSON: {e}"))
                 .at_path(path)
                 .next("the trainer was stopped while it wrote this file; take the copy in the last checkpoint")
         })?;
-        let whole = |key: &str| value.get(key).and_then(Value::as_u64);
+        let whole = |member: &Option<Scalar>| member.as_ref().and_then(Scalar::whole);
+        let float = |member: &Option<Scalar>| member.as_ref().and_then(Scalar::float);
         let mut state = Self {
-            global_step: whole("global_step").unwrap_or(0),
-            max_steps: whole("max_steps"),
-            num_train_epochs: value.get("num_train_epochs").and_then(float),
-            epoch: value.get("epoch").and_then(float),
-            train_batch_size: whole("train_batch_size"),
-            has_best_global_step: value.get("best_global_step").is_some(),
+            global_step: whole(&members.global_step).unwrap_or(0),
+            max_steps: whole(&members.max_steps),
+            num_train_epochs: float(&members.num_train_epochs),
+            epoch: float(&members.epoch),
+            train_batch_size: whole(&members.train_batch_size),
+            has_best_global_step: members.best_global_step.is_some(),
             ..Self::default()
         };
-        let history = value.get("log_history").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-        for (index, entry) in history.iter().enumerate() {
+        for (index, entry) in members.log_history.into_iter().enumerate() {
             let source = format!("{}: log_history[{index}]", path.display());
-            match entry.get("step").and_then(Value::as_u64) {
+            match entry.step {
                 Some(step) => state.add(step, entry, source),
                 None => state.unreadable.push((source, "an entry without a step".to_owned())),
             }
@@ -74,36 +74,43 @@ impl TrainerState {
         Ok(state)
     }
 
-    fn add(&mut self, step: u64, entry: &Value, source: String) {
-        let number = |key: &str| entry.get(key).and_then(float);
-        if let Some(metrics) = eval_metrics(entry) {
-            self.eval_rows.push(EvalRow { step, epoch: number("epoch"), metrics });
-        }
+    fn add(&mut self, step: u64, entry: Entry, source: String) {
         // The last row (train_runtime, train_loss) is a summary, no step.
-        if entry.get("loss").is_some() {
+        if entry.is_training {
             self.rows.push(FileRow {
                 step,
-                epoch: number("epoch"),
-                loss: number("loss"),
-                grad_norm: number("grad_norm"),
-                learning_rate: number("learning_rate"),
+                epoch: entry.epoch,
+                loss: entry.loss,
+                grad_norm: entry.grad_norm,
+                learning_rate: entry.learning_rate,
                 total_steps: self.max_steps,
                 elapsed: None,
                 source,
             });
         }
+        if !entry.metrics.is_empty() {
+            self.eval_rows.push(EvalRow { step, epoch: entry.epoch, metrics: entry.metrics });
+        }
     }
 }
 
-/// Every `eval_*` number of a row; `None` when it has none.
-fn eval_metrics(entry: &Value) -> Option<BTreeMap<String, f64>> {
-    let metrics: BTreeMap<String, f64> = entry
-        .as_object()?
-        .iter()
-        .filter(|(key, _)| key.starts_with("eval_"))
-        .filter_map(|(key, value)| Some((key.clone(), float(value)?)))
-        .collect();
-    (!metrics.is_empty()).then_some(metrics)
+/// The members of trainer_state.json that are read.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Members {
+    global_step: Option<Scalar>,
+    max_steps: Option<Scalar>,
+    num_train_epochs: Option<Scalar>,
+    epoch: Option<Scalar>,
+    train_batch_size: Option<Scalar>,
+    /// Present though null counts.
+    #[serde(deserialize_with = "present")]
+    best_global_step: Option<IgnoredAny>,
+    log_history: Vec<Entry>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<IgnoredAny>, D::Error> {
+    IgnoredAny::deserialize(deserializer).map(Some)
 }
 
 /// trainer_log.jsonl, in file order.
@@ -135,39 +142,27 @@ impl TrainerLog {
 
     /// Takes one line of the file; `source` is its place.
     pub fn push(&mut self, line: &str, source: String) {
-        let entry = match super::json::parse(line) {
+        let entry: Entry = match super::json::parse(line) {
             Ok(entry) => entry,
             Err(e) => return self.unreadable.push((source, format!("no JSON: {e}"))),
         };
-        let Some(step) = entry.get("current_steps").and_then(Value::as_u64) else {
+        let Some(step) = entry.current_steps else {
             return self.unreadable.push((source, "no current_steps".to_owned()));
         };
-        let number = |key: &str| entry.get(key).and_then(float);
-        if let Some(metrics) = eval_metrics(&entry) {
-            self.eval_rows.push(EvalRow { step, epoch: number("epoch"), metrics });
-        }
-        if entry.get("loss").is_some() {
+        if entry.is_training {
             self.rows.push(FileRow {
                 step,
-                epoch: number("epoch"),
-                loss: number("loss"),
+                epoch: entry.epoch,
+                loss: entry.loss,
                 grad_norm: None,
-                learning_rate: number("lr"),
-                total_steps: entry.get("total_steps").and_then(Value::as_u64),
-                elapsed: entry.get("elapsed_time").and_then(Value::as_str).and_then(seconds),
+                learning_rate: entry.learning_rate,
+                total_steps: entry.total_steps,
+                elapsed: entry.elapsed,
                 source,
             });
         }
+        if !entry.metrics.is_empty() {
+            self.eval_rows.push(EvalRow { step, epoch: entry.epoch, metrics: entry.metrics });
+        }
     }
-}
-
-/// Python's `str(timedelta)`: `H:MM:SS` or `D days, H:MM:SS`.
-fn seconds(text: &str) -> Option<u64> {
-    let (days, clock) = match text.split_once(", ") {
-        Some((days, clock)) => (days.split(' ').next()?.parse::<u64>().ok()?, clock),
-        None => (0, text),
-    };
-    let mut parts = clock.split(':').map(|p| p.parse::<u64>().ok());
-    let (h, m, s) = (parts.next()??, parts.next()??, parts.next()??);
-    days.checked_mul(86_400)?.checked_add(h.checked_mul(3600)?)?.checked_add(m.checked_mul(60)?)?.checked_add(s)
 }

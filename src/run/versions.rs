@@ -103,7 +103,7 @@ impl Versions {
 
     fn read_file(&mut self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
-        let value = super::json::parse(&text)
+        let value: Value = super::json::parse(&text)
             .map_err(|e| Error::input(format!("invalid JSON: {e}")).at_path(path).next("repair or remove the file"))?;
         for (name, version) in value.as_object().into_iter().flatten() {
             let Some(slot) = self.slot(name).filter(|slot| slot.is_none()) else { continue };
