@@ -142,3 +142,16 @@ fn a_run_without_evaluation_data_says_which_keys_give_it_some() {
     let message = evaluated("", None).expect_err("nothing to evaluate").to_string();
     assert!(message.contains("val_size") && message.contains("eval_dataset"), "{message}");
 }
+
+#[test]
+fn the_page_shows_every_evaluation_and_what_the_log_lacks() {
+    let root = tempfile::tempdir().unwrap();
+    let replayer = tiny(root.path(), "eval_dataset: held_out\n").unwrap();
+    let points = curve(&replayer, Some(1), &mut |_| {}).unwrap();
+    let page = spikeprobe::inspect::evaluation_page::html(replayer.scene(), &points);
+    for point in &points {
+        assert!(page.contains(&format!("{:.6}", point.loss)), "step {} is missing", point.step);
+    }
+    assert!(page.contains("None of it is in the log.") && page.contains("<svg"));
+    assert!(!page.contains("http://") && !page.contains("https://"), "no request leaves the page");
+}

@@ -1,14 +1,14 @@
 //! `spikeprobe eval`: the eval_loss the log should have had.
 //!
-//! Owns what is typed for it and the table for people; the computation is `inspect::evaluate`'s.
+//! Owns what is typed for it; the computation is `inspect::evaluate`'s, table and page are `inspect::evaluation_page`'s.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 
 use super::Common;
-use crate::inspect::evaluate::{Evaluation, curve, metric, to_json};
+use crate::inspect::evaluate::{curve, metric, to_json};
+use crate::inspect::evaluation_page::{html, table};
 use crate::{Result, output};
 
 /// As typed.
@@ -23,6 +23,9 @@ pub struct Args {
     /// Also replay the run and evaluate after every N steps and after the last.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub every: Option<u64>,
+    /// Write a page with the curve beside the training loss.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// Evaluates and prints.
@@ -42,31 +45,10 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
         output::status("");
     }
     let points = points?;
-    let mut text = String::new();
-    for (set, rows) in &scene.corpus.eval {
-        let own: Vec<&Evaluation> = points.iter().filter(|point| point.set == *set).collect();
-        table(&mut text, set, rows.len(), scene.run.config.per_device_eval_batch_size, &own);
+    common.print(&table(scene, &points))?;
+    if let Some(path) = &args.html {
+        output::write_text(path, &html(scene, &points))?;
+        common.remark(&format!("wrote {}", path.display()));
     }
-    common.print(&text)?;
     common.write_json(&to_json(scene, &points))
-}
-
-fn table(text: &mut String, set: &str, rows: usize, batch: usize, points: &[&Evaluation]) {
-    let _ = writeln!(text, "{} over {rows} rows in batches of {batch}", metric(set));
-    let _ = writeln!(text, "{:>6} {:>11} {:>11} {:>11}  adapter", "step", "computed", "logged", "deviation");
-    for point in points {
-        let logged = point.logged.map_or_else(|| "-".into(), |value| format!("{value:.6}"));
-        let deviation = point.deviation().map_or_else(|| "-".into(), |value| format!("{value:.1e}"));
-        let origin = if point.from_checkpoint { "checkpoint" } else { "replayed" };
-        let _ = write!(text, "{:>6} {:>11.6} {logged:>11} {deviation:>11}  {origin}", point.step, point.loss);
-        if point.unlabelled_rows > 0 {
-            let _ = write!(text, "  ({} rows in batches without a label)", point.unlabelled_rows);
-        }
-        text.push('\n');
-    }
-    let finite = points.iter().filter(|point| point.loss.is_finite());
-    if let (Some(best), true) = (finite.min_by(|a, b| a.loss.total_cmp(&b.loss)), points.len() > 1) {
-        let _ = writeln!(text, "lowest at step {}: {:.6}", best.step, best.loss);
-    }
-    text.push('\n');
 }

@@ -11,6 +11,7 @@ pub mod confirm;
 pub mod data;
 pub mod eval;
 pub mod evaluate;
+pub mod evaluation_page;
 pub mod fingerprint;
 mod hashes;
 pub mod lint;
