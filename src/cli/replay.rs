@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args as ClapArgs;
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use super::Common;
 use crate::batches::{Corpus, RowId};
+use crate::numerics::Reorder;
 use crate::replay::{
     Certificate, Comparison, CrossCheck, Envelope, Intervention, Observer, Replayer, Reproduction, Start, StepRecord,
     Trace, certify, cross_check, step_json, trace_json,
@@ -45,7 +47,8 @@ pub struct Args {
     /// arithmetic may differ.
     #[arg(long, value_name = "SEED")]
     pub perturb: Option<u64>,
-    /// Perturbed replays from which the certificate's envelope is taken.
+    /// Siblings from which the certificate's envelope and bands are taken: each with such noise, and with the terms
+    /// of its products added in another order.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub envelope: u64,
     /// Compute each micro-batch alone and padded as the trainer did: slower, and the way to the trainer's own
@@ -166,15 +169,17 @@ impl Args {
         })
     }
 
+    /// Siblings that honest arithmetic could have made: half an ulp of noise before every block, and the terms of every
+    /// product of activations with weights added in another order, as another kernel would.
     fn perturbed(&self, replayer: &Replayer, to: u64, interventions: &[Intervention]) -> Result<Vec<Trace>> {
-        let seeds = 1..=self.envelope;
-        seeds
+        (1..=self.envelope)
             .map(|seed| {
+                let seed = self.perturb.unwrap_or(0).wrapping_mul(1000) + seed;
                 let mut noisy = interventions.to_vec();
                 // Of a run with dropout the masks are unknown too: each sibling draws its own (contract 10).
-                noisy.push(Intervention::Dropout { seed });
-                noisy.push(Intervention::Perturb { seed: self.perturb.unwrap_or(0).wrapping_mul(1000) + seed });
-                replayer.replay(&self.from, to, &noisy, &mut crate::replay::Silent)
+                noisy.extend([Intervention::Dropout { seed }, Intervention::Perturb { seed }]);
+                let sibling = replayer.watched(Arc::new(Reorder { seed }))?;
+                sibling.replay(&self.from, to, &noisy, &mut crate::replay::Silent)
             })
             .collect()
     }
@@ -354,6 +359,9 @@ fn remarks(step: &StepRecord, comparison: Option<&Comparison>) -> String {
     if comparison.is_some_and(|c| c.learning_rate_exact == Some(false)) {
         let logged = comparison.and_then(|c| c.logged.learning_rate);
         all.push(format!("learning rate logged {}", value(logged)));
+    }
+    if let Some(band) = comparison.filter(|c| c.after_bump).and_then(|c| c.band) {
+        all.push(format!("replays {} to {}", value(Some(band.loss.0)), value(Some(band.loss.1))));
     }
     all.join(", ")
 }

@@ -101,6 +101,11 @@ impl Engine {
         Ok(Self { device, base, plan, held })
     }
 
+    /// The same weights, computed with by `device`, which must be able to read them where they lie.
+    pub fn on(&self, device: Arc<dyn Device>) -> Self {
+        Self { device, base: self.base(), plan: self.plan, held: self.held.clone() }
+    }
+
     pub fn device(&self) -> &dyn Device {
         &*self.device
     }

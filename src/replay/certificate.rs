@@ -63,9 +63,18 @@ pub struct Comparison {
     pub learning_rate_exact: Option<bool>,
     /// Allowed deviation at this step.
     pub envelope: Envelope,
+    /// Where the replays lie, perturbed ones included; `None` with only one.
+    pub band: Option<Band>,
     /// At or after the first bump: the band counts, not the line.
     pub after_bump: bool,
     pub agrees: bool,
+}
+
+/// Smallest and largest value of one step among replays, NaN left out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Band {
+    pub loss: (f64, f64),
+    pub grad_norm: (f64, f64),
 }
 
 /// What a log line says of a step.
@@ -132,11 +141,13 @@ pub fn certify(rows: &[LogRow], rounds: bool, floor: Envelope, trace: &Trace, pe
     };
     let mut allowed = floor;
     for (row, index) in logged {
-        let spread = spread(trace, perturbed, index);
+        let replays: Vec<&StepRecord> =
+            std::iter::once(trace).chain(perturbed).filter_map(|t| t.steps.get(index)).collect();
+        let spread = spread(&replays);
         allowed.loss = allowed.loss.max(WIDEN * spread.loss);
         allowed.grad_norm = allowed.grad_norm.max(WIDEN * spread.grad_norm);
         let after_bump = bump_at.is_some_and(|b| row.step >= b);
-        let comparison = compare(row, rounds, from, allowed, after_bump, trace, perturbed, index);
+        let comparison = compare(row, rounds, from, allowed, after_bump, &replays);
         if !after_bump {
             certificate.envelope = allowed;
             certificate.loss_max_rel = worst(certificate.loss_max_rel, comparison.loss_rel);
@@ -174,29 +185,27 @@ fn history(rows: &[LogRow], logged: &[(&LogRow, usize)]) -> Vec<(u64, Option<f64
     }
 }
 
-/// Widest relative deviation of perturbed replays at one step.
-fn spread(trace: &Trace, perturbed: &[Trace], index: usize) -> Envelope {
-    let own = &trace.steps[index];
+/// Widest relative deviation of the perturbed replays from the first, at one step.
+fn spread(replays: &[&StepRecord]) -> Envelope {
+    let own = replays[0];
     let mut widest = Envelope { loss: 0.0, grad_norm: 0.0 };
-    for other in perturbed.iter().filter_map(|t| t.steps.get(index)) {
+    for other in &replays[1..] {
         widest.loss = worst(widest.loss, Some(relative(loss_of(other), loss_of(own))));
         widest.grad_norm = worst(widest.grad_norm, Some(relative(other.grad_norm, own.grad_norm)));
     }
     widest
 }
 
-#[allow(clippy::too_many_arguments)]
+/// `replays`: this step of the trace itself, then of its perturbed siblings.
 fn compare(
     row: &LogRow,
     rounds: bool,
     from: u64,
     allowed: Envelope,
     after_bump: bool,
-    trace: &Trace,
-    perturbed: &[Trace],
-    index: usize,
+    replays: &[&StepRecord],
 ) -> Comparison {
-    let own = &trace.steps[index];
+    let own = replays[0];
     // A logging window that began before the replay cannot be compared.
     let whole = row.step + 1 >= from + row.window;
     let logged =
@@ -210,14 +219,15 @@ fn compare(
     let loss_rel = logged.loss.map(|l| relative_beyond(loss_of(own), l, rounding));
     let grad_norm_rel = logged.grad_norm.map(|g| relative(own.grad_norm, g));
     let learning_rate_exact = logged.learning_rate.map(|l| l.to_bits() == own.learning_rate_logged.to_bits());
-    let siblings = || std::iter::once(trace).chain(perturbed).filter_map(|t| t.steps.get(index));
-    let (loss_fits, norm_fits) = if after_bump && perturbed.is_empty() {
+    let losses = || replays.iter().map(|s| loss_of(s));
+    let norms = || replays.iter().map(|s| s.grad_norm);
+    let (loss_fits, norm_fits) = if after_bump && replays.len() == 1 {
         // One replay is no band: nothing can be said of the loss here.
         (true, true)
     } else if after_bump {
         (
-            logged.loss.is_none_or(|l| in_band(l, siblings().map(loss_of), rounding)),
-            logged.grad_norm.is_none_or(|g| in_band(g, siblings().map(|s| s.grad_norm), 0.0)),
+            logged.loss.is_none_or(|l| in_band(l, losses(), rounding)),
+            logged.grad_norm.is_none_or(|g| in_band(g, norms(), 0.0)),
         )
     } else {
         (loss_rel.is_none_or(|r| r <= allowed.loss), grad_norm_rel.is_none_or(|r| r <= allowed.grad_norm))
@@ -231,9 +241,14 @@ fn compare(
         grad_norm_rel,
         learning_rate_exact,
         envelope: allowed,
+        band: (replays.len() > 1).then(|| Band { loss: range(losses()), grad_norm: range(norms()) }),
         after_bump,
         agrees,
     }
+}
+
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)))
 }
 
 /// What the log would show for this step.

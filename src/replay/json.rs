@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Certificate, MicroRecord, Reproduction, Start, StepRecord, Trace};
+use super::{Band, Certificate, MicroRecord, Reproduction, Start, StepRecord, Trace};
 use crate::batches::{Corpus, RowId};
 use crate::report::json::{number, optional};
 use crate::run::LogRow;
@@ -15,7 +15,16 @@ pub fn trace_json(trace: &Trace, certificate: &Certificate, rows: &[LogRow], cor
     let steps: Vec<Value> = trace
         .steps
         .iter()
-        .map(|s| step_json(s, rows.iter().find(|r| r.attempt == s.attempt && r.step == s.step), corpus))
+        .map(|s| {
+            let logged = rows.iter().find(|r| r.attempt == s.attempt && r.step == s.step);
+            let mut step = step_json(s, logged, corpus);
+            let comparison = certificate.comparisons.iter().find(|c| c.step == s.step && logged.is_some());
+            if let Some(Band { loss, grad_norm }) = comparison.and_then(|c| c.band) {
+                let pair = |(low, high)| json!([number(low), number(high)]);
+                step["band"] = json!({"loss": pair(loss), "grad_norm": pair(grad_norm)});
+            }
+            step
+        })
         .collect();
     let mut all = json!({
         "schema": SCHEMA,

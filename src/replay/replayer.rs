@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::batches::{Corpus, Window};
 use crate::device::Device;
+use crate::device::hooked::{Hook, Hooked};
 use crate::interrupt;
 use crate::model::{BaseModel, Engine};
 use crate::probe::{Measurement, Probes};
@@ -137,6 +138,20 @@ impl Replayer {
         let learning_rate = run.config.learning_rate;
         let others = Arc::default();
         let shared = Shared { device, base, corpus, engine, others, learning_rate };
+        let scene = Arc::new(Scene::new(&shared, run, &[])?);
+        Ok(Self { source, scene, shared, memory: Mutex::default(), broken: OnceLock::new() })
+    }
+
+    /// The same run with every operation seen by `hook`. Weights and rows are shared, what was computed is not.
+    ///
+    /// # Errors
+    /// The run's files cannot be read any more.
+    pub fn watched(&self, hook: Arc<dyn Hook>) -> Result<Self> {
+        let source = Source { cache: None, ..self.source.clone() };
+        let run = Run::open(&source.path, &source.root, &source.overrides, &source.versions)?;
+        let device: Arc<dyn Device> = Arc::new(Hooked { inner: self.shared_device(), hook });
+        let engine = Arc::new(self.shared.engine.on(Arc::clone(&device)));
+        let shared = Shared { device, engine, others: Arc::default(), ..self.shared.clone() };
         let scene = Arc::new(Scene::new(&shared, run, &[])?);
         Ok(Self { source, scene, shared, memory: Mutex::default(), broken: OnceLock::new() })
     }

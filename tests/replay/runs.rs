@@ -1,11 +1,13 @@
 //! Real LLaMA-Factory runs, replayed from what lies on disk.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use spikeprobe::device::Device;
+use spikeprobe::numerics::Reorder;
 use spikeprobe::replay::{
-    Envelope, Intervention, Keeping, Observer, Replayer, Reproduction, Silent, Source, Start, StepRecord, certify,
-    relative,
+    Envelope, Intervention, Keeping, Observer, Replayer, Reproduction, Silent, Source, Start, StepRecord, Trace,
+    certify, relative,
 };
 use spikeprobe::run::LogRow;
 use spikeprobe::step::{Rule, TrainState};
@@ -69,6 +71,28 @@ fn the_demonstration_reproduces_its_spike() {
     let floor = Envelope::floor(replayer.scene().engine.plan());
     let certificate = certify(&replayer.run().log.rows, false, floor, &trace, &[]);
     assert_eq!((certificate.verdict, certificate.bump_at), (Reproduction::Reproduced, Some(3)));
+}
+
+#[test]
+fn the_demonstration_spikes_within_the_band_of_other_honest_arithmetics() {
+    let replayer = open(DEMO);
+    let trace = replayer.replay(&Start::Initial, 4, &[], &mut Silent).expect("replay");
+    let sibling = |seed| {
+        let other = replayer.watched(Arc::new(Reorder { seed })).expect("the same run");
+        other.replay(&Start::Initial, 4, &[Intervention::Perturb { seed }], &mut Silent).expect("replay")
+    };
+    let siblings: Vec<Trace> = (1..=3).map(sibling).collect();
+    let floor = Envelope::floor(replayer.scene().engine.plan());
+    let certificate = certify(&replayer.run().log.rows, false, floor, &trace, &siblings);
+    assert_eq!(certificate.verdict, Reproduction::Reproduced);
+    for comparison in certificate.comparisons.iter().filter(|c| c.after_bump) {
+        let (low, high) = comparison.band.expect("four replays").loss;
+        let logged = comparison.logged.loss.expect("loss");
+        // At the jump itself the siblings are hardly apart yet: less than what summation order alone may do.
+        let inside = low * (1.0 - floor.loss) <= logged && logged <= high * (1.0 + floor.loss);
+        assert!(low < high && inside, "step {}: {logged} not in {low}..{high}", comparison.step);
+        assert!(high / low < 1.01, "step {}: a band of {low}..{high} says nothing", comparison.step);
+    }
 }
 
 /// Keeps the state after one step.
