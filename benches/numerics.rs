@@ -1,11 +1,17 @@
-//! What checking costs: the products of a linear alone and with their checksums. One thread.
+//! What checking every product costs: single products of a linear (one thread), and a whole window forward and backward
+//! through a model of SmolLM2-135M's shape (all cores), alone and with checksums. The two take turns, so that whatever
+//! else the machine does meets both.
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Instant;
 
-use criterion::{Criterion, criterion_group, criterion_main};
+mod smollm2;
+
+use smollm2::{UNITS, adapter, window, write_model};
 use spikeprobe::device::hooked::{Hook, Hooked};
 use spikeprobe::device::{Compute, DType, Device, cpu::CpuDevice, noise};
+use spikeprobe::model::{BaseModel, Engine, Gradients, PassOptions, PrecisionPlan};
 use spikeprobe::numerics::Checksums;
 
 /// Tokens of a window, hidden and feed-forward size of SmolLM2-135M.
@@ -13,28 +19,83 @@ const N: usize = 728;
 const IN: usize = 576;
 const OUT: usize = 1536;
 
-fn checksums(c: &mut Criterion) {
+/// Prints medians of both, and the median of their ratios turn by turn.
+fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), checked: &mut dyn FnMut()) {
+    let seconds = |run: &mut dyn FnMut()| {
+        let began = Instant::now();
+        run();
+        began.elapsed().as_secs_f64()
+    };
+    (seconds(alone), seconds(checked));
+    let (mut a, mut b, mut ratios) = (vec![], vec![], vec![]);
+    for _ in 0..turns {
+        let (first, second) = (seconds(alone), seconds(checked));
+        a.push(first);
+        b.push(second);
+        ratios.push(second / first);
+    }
+    let [a, b, ratio] = [a, b, ratios].map(|mut all| {
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    });
+    println!("{name:<28} alone {:8.2} ms  checked {:8.2} ms  {:+.1} %", 1e3 * a, 1e3 * b, 100.0 * (ratio - 1.0));
+}
+
+/// `inner` with every product checked.
+fn checked(inner: &Arc<dyn Device>) -> (Arc<dyn Device>, Arc<Checksums>) {
+    let checksums = Arc::new(Checksums::on(Arc::clone(inner)));
+    let hook = Arc::clone(&checksums) as Arc<dyn Hook>;
+    (Arc::new(Hooked { inner: Arc::clone(inner), hook }), checksums)
+}
+
+fn products() {
     let plain: Arc<dyn Device> = Arc::new(CpuDevice::new(Some(1)).expect("one thread"));
-    let checked: Arc<dyn Device> =
-        Arc::new(Hooked { inner: Arc::clone(&plain), hook: Arc::new(Checksums::default()) as Arc<dyn Hook> });
-    let mut group = c.benchmark_group(format!("a linear {N}x{IN} to {OUT}"));
+    let (hooked, _) = checked(&plain);
     for (name, compute, dtype) in [("f32", Compute::F32, DType::F32), ("bf16", Compute::Bf16, DType::BF16)] {
         let random = |stream: u64, rows: usize, columns: usize| {
             let values: Vec<f32> = (0..(rows * columns) as u64).map(|k| noise::symmetric(1, stream, k)).collect();
             plain.upload(&values, &[rows, columns], dtype).expect("upload")
         };
         let (x, w, dy) = (random(0, N, IN), random(1, OUT, IN), random(2, N, OUT));
-        for (how, device) in [("alone", &plain), ("with checksums", &checked)] {
-            group.bench_function(format!("{name} forward {how}"), |b| {
-                b.iter(|| black_box(device.linear(&x, &w, None, compute, dtype)));
-            });
-            group.bench_function(format!("{name} backward {how}"), |b| {
-                b.iter(|| black_box(device.linear_input_grad(&dy, &w, compute, dtype)));
-            });
-        }
+        let forward = |device: &Arc<dyn Device>| _ = black_box(device.linear(&x, &w, None, compute, dtype));
+        let backward = |device: &Arc<dyn Device>| _ = black_box(device.linear_input_grad(&dy, &w, compute, dtype));
+        compare(&format!("{name} {N}x{IN} to {OUT}"), 60, &mut || forward(&plain), &mut || forward(&hooked));
+        compare(&format!("{name} its input gradient"), 60, &mut || backward(&plain), &mut || backward(&hooked));
     }
-    group.finish();
 }
 
-criterion_group!(benches, checksums);
-criterion_main!(benches);
+fn steps() {
+    let dir = tempfile::tempdir().expect("a folder");
+    write_model(dir.path(), 30);
+    let base = Arc::new(BaseModel::open(dir.path()).expect("a model"));
+    let plain: Arc<dyn Device> = Arc::new(CpuDevice::new(None).expect("threads"));
+    let (hooked, checksums) = checked(&plain);
+    let adapter = adapter(&*plain, &base.config);
+    let batch = window(base.config.vocab);
+    let seeds = vec![1e-3; UNITS];
+    let bf16 = PrecisionPlan { base: DType::BF16, autocast: Some(DType::BF16), ..PrecisionPlan::F32 };
+    for (name, plan) in [("f32", PrecisionPlan::F32), ("bf16", bf16)] {
+        let engine = |device: &Arc<dyn Device>| Engine::new(Arc::clone(device), Arc::clone(&base), plan);
+        let (alone, watched) = (engine(&plain).expect("an engine"), engine(&hooked).expect("an engine"));
+        let pass = |engine: &Engine| {
+            let mut gradients = Gradients::zeros(engine.device(), &adapter).expect("gradients");
+            let options = PassOptions::default();
+            black_box(engine.pass(&adapter, &batch, &seeds, &options, &mut gradients).expect("a pass"));
+        };
+        compare(&format!("{name} window, {} tokens", batch.tokens()), 7, &mut || pass(&alone), &mut || pass(&watched));
+    }
+    let (products, wrong) = checksums.found().expect("sums");
+    println!("{products} products checked, {} wrong", wrong.len());
+    assert!(wrong.is_empty(), "{:?}", wrong.first());
+}
+
+/// `cargo bench --bench numerics -- products|steps`; without a name, both.
+fn main() {
+    let named = |name: &str| std::env::args().any(|typed| typed == name);
+    if named("products") || !named("steps") {
+        products();
+    }
+    if named("steps") || !named("products") {
+        steps();
+    }
+}

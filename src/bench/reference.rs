@@ -17,7 +17,8 @@ impl Hook for Reference {
             Some(Product::Forward { x, w, bias, .. }) => linear(device, x, w, bias)?,
             Some(Product::InputGrad { dy, w, .. }) => linear_input_grad(device, dy, w)?,
             Some(Product::WeightGrad { dy, x, units, .. }) => linear_weight_grad(device, dy, x, units)?,
-            None => return Ok(result),
+            // Fused products come in parts to a hook that sees everything.
+            Some(Product::Adapted { .. } | Product::Onto { .. }) | None => return Ok(result),
         };
         Ok(vec![device.upload(&values, &y.shape, y.dtype)?])
     }

@@ -1,55 +1,197 @@
-//! Weighted sums of rows, for checksums of products: f64 in a fixed order, eight running sums wide.
+//! Sums of rows and columns, for checksums of products: f32 in as many running sums as a processor keeps in registers,
+//! blocks of them in f64, always in the same order. [`roundings`] says what that costs in accuracy.
 
-/// Weights of a row's elements and of their magnitudes.
-pub type Weights<'w> = (&'w [f64], &'w [f64]);
+use super::Offsets;
 
-const LANES: usize = 8;
-
-/// (Σ x·w, Σ |x|·a) of one row; without weights (Σ x, Σ |x|).
-#[inline(always)]
-pub fn row_check(row: &[f32], weights: Option<Weights<'_>>) -> (f64, f64) {
-    let (mut sum, mut size) = ([0f64; LANES], [0f64; LANES]);
-    let whole = row.len() / LANES * LANES;
-    match weights {
-        None => {
-            for x in row[..whole].chunks_exact(LANES) {
-                for lane in 0..LANES {
-                    let x = f64::from(x[lane]);
-                    sum[lane] += x;
-                    size[lane] += x.abs();
-                }
-            }
-            for &x in &row[whole..] {
-                sum[0] += f64::from(x);
-                size[0] += f64::from(x).abs();
-            }
-        }
-        Some((w, a)) => {
-            let parts = row[..whole].chunks_exact(LANES).zip(w.chunks_exact(LANES)).zip(a.chunks_exact(LANES));
-            for ((x, w), a) in parts {
-                for lane in 0..LANES {
-                    let x = f64::from(x[lane]);
-                    sum[lane] += x * w[lane];
-                    size[lane] += x.abs() * a[lane];
-                }
-            }
-            for ((&x, w), a) in row[whole..].iter().zip(&w[whole..]).zip(&a[whole..]) {
-                sum[0] += f64::from(x) * w;
-                size[0] += f64::from(x).abs() * a;
-            }
-        }
-    }
-    (sum.iter().sum(), size.iter().sum())
+/// What a row's elements are multiplied with before they are added.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<'w> {
+    Ones,
+    /// Factors of the elements, and of their magnitudes.
+    Of(&'w [f32], &'w [f32]),
 }
 
-/// Per column of rows of `columns`: Σ x and Σ |x|.
-pub fn column_checks(values: &[f32], columns: usize) -> (Vec<f64>, Vec<f64>) {
-    let (mut sums, mut sizes) = (vec![0f64; columns], vec![0f64; columns]);
-    for row in values.chunks_exact(columns.max(1)) {
-        for ((sum, size), &x) in sums.iter_mut().zip(&mut sizes).zip(row) {
-            *sum += f64::from(x);
-            *size += f64::from(x).abs();
+/// Σ x·w and Σ |x|·a of each row or column.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sums {
+    pub sums: Vec<f64>,
+    pub sizes: Vec<f64>,
+}
+
+/// Running sums of a row.
+const LANES: usize = 32;
+/// Elements of a row, and rows of a column, that are added in f32.
+const BLOCK: usize = 4096;
+const DEEP: usize = 64;
+
+/// f32 roundings that a term of a sum of `terms` undergoes at most: the longest chain, and the fold of [`LANES`] to 8.
+pub fn roundings(terms: usize) -> usize {
+    terms.min(BLOCK).div_ceil(LANES).max(DEEP.min(terms)) + 2
+}
+
+/// The sums of one row.
+#[inline(always)]
+pub fn of_row(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
+    if row.len() < LANES {
+        return few(row, weights);
+    }
+    let (mut sum, mut size) = (0f64, 0f64);
+    for from in (0..row.len()).step_by(BLOCK) {
+        let block = from..row.len().min(from + BLOCK);
+        let part = match weights {
+            Weights::Ones => ones(&row[block]),
+            Weights::Of(w, a) => weighted(&row[block.clone()], &w[block.clone()], &a[block]),
+        };
+        sum += part.0;
+        size += part.1;
+    }
+    (sum, size)
+}
+
+/// A row too short for lanes.
+#[inline(always)]
+fn few(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
+    let wide = |x: &f32| f64::from(*x);
+    match weights {
+        Weights::Ones => (row.iter().map(wide).sum(), row.iter().map(|x| wide(x).abs()).sum()),
+        Weights::Of(w, a) => (
+            row.iter().zip(w).map(|(x, w)| wide(x) * wide(w)).sum(),
+            row.iter().zip(a).map(|(x, a)| wide(x).abs() * wide(a)).sum(),
+        ),
+    }
+}
+
+#[inline(always)]
+fn ones(row: &[f32]) -> (f64, f64) {
+    let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
+    let (whole, rest) = row.as_chunks();
+    let rest = (!rest.is_empty()).then(|| padded(rest));
+    for x in whole.iter().chain(&rest) {
+        for lane in 0..LANES {
+            sum[lane] += x[lane];
+            size[lane] += x[lane].abs();
         }
     }
-    (sums, sizes)
+    (fold(&sum), fold(&size))
+}
+
+#[inline(always)]
+fn weighted(row: &[f32], w: &[f32], a: &[f32]) -> (f64, f64) {
+    let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
+    let ((x, x_rest), (w, w_rest), (a, a_rest)) = (row.as_chunks(), w.as_chunks(), a.as_chunks());
+    for ((x, w), a) in x.iter().zip(w).zip(a) {
+        add_weighted(x, w, a, &mut sum, &mut size);
+    }
+    if !x_rest.is_empty() {
+        add_weighted(&padded(x_rest), &padded(w_rest), &padded(a_rest), &mut sum, &mut size);
+    }
+    (fold(&sum), fold(&size))
+}
+
+#[inline(always)]
+fn add_weighted(x: &[f32; LANES], w: &[f32; LANES], a: &[f32; LANES], sum: &mut [f32; LANES], size: &mut [f32; LANES]) {
+    for lane in 0..LANES {
+        sum[lane] = x[lane].mul_add(w[lane], sum[lane]);
+        size[lane] = x[lane].abs().mul_add(a[lane], size[lane]);
+    }
+}
+
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut all = [0f32; LANES];
+    all[..rest.len()].copy_from_slice(rest);
+    all
+}
+
+#[inline(always)]
+fn fold(lanes: &[f32; LANES]) -> f64 {
+    let mut eight = [0f32; 8];
+    for i in 0..8 {
+        eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
+    }
+    eight.iter().map(|&x| f64::from(x)).sum()
+}
+
+/// Adds Σ x and Σ |x| of each column of whole rows to `sums` and `sizes`, one element a column.
+#[inline(always)]
+pub fn add_columns(values: &[f32], sums: &mut [f64], sizes: &mut [f64]) {
+    let columns = sums.len().max(1);
+    // Narrow rows are taken several at once, so that whole registers are added.
+    let width = columns * LANES.div_ceil(columns);
+    let (mut sum, mut size) = (vec![0f32; width], vec![0f32; width]);
+    for block in values.chunks(width * DEEP) {
+        (sum.fill(0.0), size.fill(0.0));
+        for row in block.chunks(width) {
+            for ((sum, size), x) in sum.iter_mut().zip(&mut size).zip(row) {
+                *sum += x;
+                *size += x.abs();
+            }
+        }
+        for (sum, size) in sum.chunks(columns).zip(size.chunks(columns)) {
+            sums.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(*x));
+            sizes.iter_mut().zip(size).for_each(|(total, x)| *total += f64::from(*x));
+        }
+    }
+}
+
+/// Every row of `columns` elements, once per entry of `weights`.
+pub fn of_rows(values: &[f32], columns: usize, weights: &[Weights<'_>]) -> Vec<Sums> {
+    let rows = |weights: &Weights<'_>| values.chunks_exact(columns.max(1)).map(|row| of_row(row, *weights)).unzip();
+    weights.iter().map(rows).map(|(sums, sizes)| Sums { sums, sizes }).collect()
+}
+
+/// Every column of each unit of rows: [units · columns].
+pub fn of_columns(values: &[f32], columns: usize, units: Offsets<'_>) -> Sums {
+    let length = columns * units.len().saturating_sub(1);
+    let mut all = Sums { sums: vec![0.0; length], sizes: vec![0.0; length] };
+    for (unit, rows) in units.windows(2).enumerate() {
+        let to = unit * columns..(unit + 1) * columns;
+        add_columns(&values[rows[0] * columns..rows[1] * columns], &mut all.sums[to.clone()], &mut all.sizes[to]);
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::noise::symmetric;
+
+    #[test]
+    fn sums_of_every_length_lie_within_their_roundings() {
+        for n in [0usize, 1, 7, 31, 32, 33, 576, 4096, 4097, 9000] {
+            let of = |stream| (0..n as u64).map(|i| symmetric(5, stream, i)).collect::<Vec<f32>>();
+            let (x, w) = (of(0), of(1));
+            let a: Vec<f32> = w.iter().map(|w| w.abs()).collect();
+            let exact = |weight: &dyn Fn(usize) -> f64| {
+                x.iter().enumerate().map(|(i, x)| f64::from(*x) * weight(i)).sum::<f64>()
+            };
+            let size = |weight: &dyn Fn(usize) -> f64| {
+                x.iter().enumerate().map(|(i, x)| f64::from(x.abs()) * weight(i)).sum::<f64>()
+            };
+            let near = |(sum, magnitude): (f64, f64), expected: (f64, f64)| {
+                let bound = roundings(n) as f64 * 2f64.powi(-24) * expected.1;
+                assert!((sum - expected.0).abs() <= bound, "{n}: {sum} {}", expected.0);
+                assert!((magnitude - expected.1).abs() <= bound, "{n}: {magnitude} {}", expected.1);
+            };
+            near(of_row(&x, Weights::Ones), (exact(&|_| 1.0), size(&|_| 1.0)));
+            near(of_row(&x, Weights::Of(&w, &a)), (exact(&|i| w[i].into()), size(&|i| a[i].into())));
+        }
+    }
+
+    #[test]
+    fn columns_are_added_unit_by_unit_at_any_width() {
+        for columns in [1usize, 3, 8, 32, 50] {
+            let values: Vec<f32> = (0..columns * 200).map(|i| (i % 7) as f32 - 3.0).collect();
+            let found = of_columns(&values, columns, &[0, 30, 30, 200]);
+            for (unit, rows) in [(0, 0..30), (1, 30..30), (2, 30..200)] {
+                for column in 0..columns {
+                    let of = |f: &dyn Fn(f32) -> f32| {
+                        rows.clone().map(|row| f64::from(f(values[row * columns + column]))).sum::<f64>()
+                    };
+                    let at = unit * columns + column;
+                    assert_eq!((found.sums[at], found.sizes[at]), (of(&|x| x), of(&f32::abs)));
+                }
+            }
+        }
+    }
 }

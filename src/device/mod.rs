@@ -13,6 +13,7 @@ pub mod cuda;
 pub mod hooked;
 pub mod noise;
 pub mod nvml;
+mod parts;
 
 use std::sync::Arc;
 
@@ -244,11 +245,7 @@ pub trait Device: Send + Sync {
         branch: &LowRank<'_>,
         scaling: f32,
     ) -> Result<Tensor> {
-        let y = self.linear(x, w, bias, compute, out)?;
-        let v = self.linear(branch.x, branch.w, None, branch.compute, branch.dtype)?;
-        let v = self.scale(&v, scaling, branch.dtype)?;
-        let sum = self.add(&y, &v, if out == branch.dtype { out } else { DType::F32 })?;
-        if sum.dtype == out { Ok(sum) } else { self.cast(&sum, out) }
+        parts::linear_adapted(self, (x, w, bias), (compute, out), branch, scaling)
     }
     /// The gradient of an input that several products share, in `dtype`: `so_far`, then the branch's product, then
     /// [`Device::linear_input_grad`] rounded to `out`, each cast to `dtype` and rounded again as it is added
@@ -264,18 +261,7 @@ pub trait Device: Send + Sync {
         out: DType,
         dtype: DType,
     ) -> Result<Tensor> {
-        let onto = |sum: Option<Tensor>, d: Tensor| {
-            let d = if d.dtype == dtype { d } else { self.cast(&d, dtype)? };
-            match sum {
-                None => Ok(d),
-                Some(sum) => self.add(&sum, &d, dtype),
-            }
-        };
-        let mut sum = so_far;
-        if let Some(branch) = branch {
-            sum = Some(onto(sum, self.linear_input_grad(branch.x, branch.w, branch.compute, branch.dtype)?)?);
-        }
-        onto(sum, self.linear_input_grad(dy, w, compute, out)?)
+        parts::input_grad_onto(self, so_far, branch, (dy, w), (compute, out, dtype))
     }
 
     // ---- elementwise; every result rounded once to `out`
@@ -353,13 +339,7 @@ pub trait Device: Send + Sync {
     fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()>;
     /// acc += each of units [units, …] in turn, rounded to acc's dtype after each.
     fn accumulate_units(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
-        let count = units.shape.first().copied().unwrap_or(0);
-        let flat = Tensor { shape: vec![count, acc.elements()], ..units.clone() };
-        for unit in 0..count {
-            let one = self.gather_rows(&flat, &[unit as u32])?;
-            self.accumulate(acc, &Tensor { shape: acc.shape.clone(), ..one })?;
-        }
-        Ok(())
+        parts::accumulate_units(self, acc, units)
     }
     /// x *= s in place.
     fn scale_in_place(&self, x: &mut Tensor, s: f32) -> Result<()>;
@@ -371,23 +351,7 @@ pub trait Device: Send + Sync {
     /// out, clipping), rounded to its dtype each time; a factor of 1 changes nothing. The gradients themselves stay as
     /// they are. Returns ‖Δp‖₂ over all tensors.
     fn update(&self, tensors: &mut [Update<'_>], factors: [f32; 2]) -> Result<f64> {
-        let mut squares = 0.0;
-        for Update { p, g, rule } in tensors {
-            let mut g = g.clone();
-            for factor in factors.into_iter().filter(|&f| f != 1.0) {
-                self.scale_in_place(&mut g, factor)?;
-            }
-            let before = p.clone();
-            match rule {
-                UpdateRule::AdamW { m, v, with } => self.adamw(p, &g, m, v, with)?,
-                UpdateRule::Sgd { learning_rate, weight_decay } => self.sgd(p, &g, *learning_rate, *weight_decay)?,
-            }
-            let moved = self.add(p, &self.scale(&before, -1.0, before.dtype)?, DType::F32)?;
-            for (norm, _) in self.norms(&moved, &[0, moved.rows()])? {
-                squares += f64::from(norm).powi(2);
-            }
-        }
-        Ok(squares.sqrt())
+        parts::update(self, tensors, factors)
     }
 
     // ---- measuring
@@ -409,18 +373,16 @@ pub trait Device: Send + Sync {
     /// The norm of each whole tensor times `factor`, rounded to its dtype before it is measured: gradients as they are
     /// once the loss scale is taken out.
     fn norms_of(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
-        let mut norms = Vec::with_capacity(tensors.len());
-        for x in tensors {
-            let scaled = if factor == 1.0 { x.clone() } else { self.scale(x, factor, x.dtype)? };
-            norms.extend(self.norms(&scaled, &[0, x.rows()])?);
-        }
-        Ok(norms)
+        parts::norms_of(self, tensors, factor)
     }
-    /// Per row of x [n, c]: Σ x·w and Σ |x|·a in f64, w and a of c elements; without them Σ x and Σ |x|. Not a part
-    /// of the step: the device's own sums, for checksums of products.
-    fn row_checks(&self, x: &Tensor, weights: Option<checks::Weights<'_>>) -> Result<Vec<(f64, f64)>> {
-        let values = self.download(x)?;
-        Ok(values.chunks_exact(x.columns().max(1)).map(|row| checks::row_check(row, weights)).collect())
+    /// Per entry of `weights`, row by row of x [n, c]: Σ x·w and Σ |x|·a. Not a part of the step: the device's own sums,
+    /// for checksums of products.
+    fn row_checks(&self, x: &Tensor, weights: &[checks::Weights<'_>]) -> Result<Vec<checks::Sums>> {
+        Ok(checks::of_rows(&self.download(x)?, x.columns(), weights))
+    }
+    /// Per unit of rows and column of x: Σ x and Σ |x|, [units · c].
+    fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<checks::Sums> {
+        Ok(checks::of_columns(&self.download(x)?, x.columns(), units))
     }
 }
 

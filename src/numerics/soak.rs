@@ -59,7 +59,7 @@ pub fn soak(device: Arc<dyn Device>, time: Duration, told: &mut dyn FnMut(&Value
     }
     let (began, mut found) = (Instant::now(), Soak::default());
     loop {
-        let checksums = Arc::new(Checksums::default());
+        let checksums = Arc::new(Checksums::on(Arc::clone(&device)));
         let checked = Hooked { inner: Arc::clone(&device), hook: Arc::clone(&checksums) as Arc<dyn Hook> };
         for work in &mut works {
             let bits = products(&checked, work)?;
@@ -75,7 +75,7 @@ pub fn soak(device: Arc<dyn Device>, time: Duration, told: &mut dyn FnMut(&Value
                 Some(_) => {}
             }
         }
-        let (products, violations) = checksums.found();
+        let (products, violations) = checksums.found()?;
         found.products += products;
         found.wrong += violations.len() as u64;
         for violation in &violations {

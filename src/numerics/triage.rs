@@ -113,6 +113,8 @@ impl Default for Effort {
 
 /// A step of a run on a device whose operations can be watched.
 pub struct Suspect {
+    /// The device without any hook.
+    bare: Arc<dyn Device>,
     switch: Arc<Switch>,
     /// Below the watching hook: faults planted into the suspect.
     faults: Arc<Switch>,
@@ -162,6 +164,7 @@ impl Suspect {
     pub fn open(source: Source, device: Arc<dyn Device>, step: u64) -> Result<Self> {
         let (switch, faults) = (Arc::new(Switch::default()), Arc::new(Switch::default()));
         let hooked = |inner, hook: &Arc<Switch>| Arc::new(Hooked { inner, hook: Arc::clone(hook) as Arc<dyn Hook> });
+        let bare = Arc::clone(&device);
         let device = hooked(hooked(device, &faults), &switch);
         let replayer = Replayer::open(Source { cache: None, ..source }, device)?;
         // Names the step that was typed, not the one before it, where the run has none.
@@ -175,7 +178,7 @@ impl Suspect {
         if step > first {
             replayer.replay(&start, step - 1, &[], &mut crate::replay::Silent)?;
         }
-        Ok(Self { switch, faults, replayer, names, step, start })
+        Ok(Self { bare, switch, faults, replayer, names, step, start })
     }
 
     /// The step once, watched by `hook`, with a fault planted if there is one.
@@ -221,9 +224,9 @@ pub fn examine(
         repeats.push(numbers);
     }
     let (parted, never_the_same) = odd_one(&trails, &suspect.names);
-    let checksums = Arc::new(Checksums::default());
+    let checksums = Arc::new(Checksums::on(Arc::clone(&suspect.bare)));
     suspect.run(Some(Arc::clone(&checksums) as Arc<dyn Hook>), fault)?;
-    let (products, violations) = checksums.found();
+    let (products, violations) = checksums.found()?;
     let recompute = Arc::new(Recompute::on(Arc::clone(trusted), shares_memory));
     suspect.run(Some(Arc::clone(&recompute) as Arc<dyn Hook>), fault)?;
     let mismatch = recompute.mismatches().into_iter().next().map(|m| {

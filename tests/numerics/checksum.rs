@@ -32,7 +32,7 @@ fn tensor(device: &dyn Device, stream: u64, shape: [usize; 2], dtype: DType) -> 
 fn violations(compute: Compute, dtype: DType, out: DType, spoiled: Option<(usize, u32)>) -> [Option<(f64, f64)>; 3] {
     let spoil = Arc::new(Spoil(Mutex::new(None)));
     let inner: Arc<dyn Device> = Arc::new(CpuDevice::new(Some(1)).unwrap());
-    let spoilt: Arc<dyn Device> = Arc::new(Hooked { inner, hook: spoil.clone() });
+    let spoilt: Arc<dyn Device> = Arc::new(Hooked { inner: inner.clone(), hook: spoil.clone() });
     let (x, w, dy) = (
         tensor(&*spoilt, 0, [N, IN], dtype),
         tensor(&*spoilt, 1, [OUT, IN], dtype),
@@ -40,9 +40,9 @@ fn violations(compute: Compute, dtype: DType, out: DType, spoiled: Option<(usize
     );
     *spoil.0.lock().unwrap() = spoiled;
     let run = |product: &dyn Fn(&dyn Device) -> Result<Tensor>| {
-        let checksums = Arc::new(Checksums::default());
+        let checksums = Arc::new(Checksums::on(Arc::clone(&inner)));
         product(&Hooked { inner: spoilt.clone(), hook: checksums.clone() }).unwrap();
-        let (products, found) = checksums.found();
+        let (products, found) = checksums.found().unwrap();
         assert_eq!(products, 1);
         found.first().map(|v| (v.difference, v.bound))
     };

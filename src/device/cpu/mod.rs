@@ -23,7 +23,7 @@ mod values;
 pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 
-use super::checks::Weights;
+use super::checks::{Sums, Weights};
 use super::{AdamW, AttentionShape, Compute, DType, Device, LowRank, Offsets, Statistics, Tensor};
 use crate::Result;
 use values::{expect, tensor, values as values_of};
@@ -210,7 +210,10 @@ impl Device for CpuDevice {
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
         self.norms_impl(x, units)
     }
-    fn row_checks(&self, x: &Tensor, weights: Option<Weights<'_>>) -> Result<Vec<(f64, f64)>> {
+    fn row_checks(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {
         self.row_checks_impl(x, weights)
+    }
+    fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<Sums> {
+        self.column_checks_impl(x, units)
     }
 }

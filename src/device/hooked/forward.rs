@@ -1,154 +1,12 @@
-//! A device whose results somebody looks at, or changes, between one operation and the next.
-//!
-//! Fault injection, checksums, recomputation on another device and reference arithmetics are hooks; what they have in
-//! common, forwarding every operation, is here.
+//! Every operation of a [`Device`], run on the inner one and shown to the hook.
 
-use std::sync::{Arc, PoisonError, RwLock};
-
-use super::checks::Weights;
-use super::{AdamW, AttentionShape, Compute, DType, Device, Offsets, Statistics, Tensor};
+use super::{Again, Hooked, Product, Sees};
 use crate::Result;
-
-/// Sees each operation after it ran.
-pub trait Hook: Send + Sync {
-    /// What it returns is the result from here on.
-    ///
-    /// # Errors
-    /// Stops the pass.
-    fn after(&self, device: &dyn Device, call: &Call<'_>, result: Vec<Tensor>) -> Result<Vec<Tensor>>;
-
-    /// Whether [`Call::again`] is wanted for operations in place too; their operands are then copied first.
-    fn repeats_in_place(&self) -> bool {
-        false
-    }
-}
-
-/// An operation to be run again, with its results.
-pub type Again<'c> = &'c dyn Fn(&Elsewhere<'_>) -> Result<Vec<Tensor>>;
-
-/// An operation in place, on the tensors it changes.
-type InPlace<'c> = &'c dyn Fn(&dyn Device, &mut [&mut Tensor], &Elsewhere<'_>) -> Result<()>;
-
-/// One operation with its operands.
-pub struct Call<'c> {
-    /// The method of [`Device`].
-    pub operation: &'static str,
-    pub operands: &'c [&'c Tensor],
-    pub product: Option<Product<'c>>,
-    /// The operation once more, on any device. None for one in place, unless [`Hook::repeats_in_place`].
-    pub again: Option<Again<'c>>,
-}
-
-/// The operands of a matrix product.
-#[derive(Clone, Copy)]
-pub enum Product<'c> {
-    /// x [n, in] · w [out, in]ᵀ (+ bias).
-    Forward { x: &'c Tensor, w: &'c Tensor, bias: Option<&'c Tensor>, compute: Compute },
-    /// dy [n, out] · w [out, in].
-    InputGrad { dy: &'c Tensor, w: &'c Tensor, compute: Compute },
-    /// Per unit dy[u]ᵀ · x[u].
-    WeightGrad { dy: &'c Tensor, x: &'c Tensor, units: Offsets<'c>, compute: Compute },
-}
-
-/// A device that may not be the one the operands lie on.
-pub struct Elsewhere<'e> {
-    pub device: &'e dyn Device,
-    /// Where the operands lie, if their elements have to be carried over.
-    pub from: Option<&'e dyn Device>,
-}
-
-impl Elsewhere<'_> {
-    fn bring(&self, x: &Tensor) -> Result<Tensor> {
-        match self.from {
-            None => Ok(x.clone()),
-            Some(from) => self.device.upload(&from.download(x)?, &x.shape, x.dtype),
-        }
-    }
-}
-
-/// A hook that can be exchanged while the device is in use; without one, nothing is seen.
-#[derive(Default)]
-pub struct Switch(RwLock<Option<Arc<dyn Hook>>>);
-
-impl Switch {
-    pub fn set(&self, hook: Option<Arc<dyn Hook>>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = hook;
-    }
-    fn current(&self) -> Option<Arc<dyn Hook>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl Hook for Switch {
-    fn after(&self, device: &dyn Device, call: &Call<'_>, result: Vec<Tensor>) -> Result<Vec<Tensor>> {
-        match self.current() {
-            None => Ok(result),
-            Some(hook) => hook.after(device, call, result),
-        }
-    }
-    fn repeats_in_place(&self) -> bool {
-        self.current().is_some_and(|hook| hook.repeats_in_place())
-    }
-}
-
-/// `inner`, seen by `hook`.
-pub struct Hooked {
-    pub inner: Arc<dyn Device>,
-    pub hook: Arc<dyn Hook>,
-}
-
-impl Hooked {
-    fn seen<const N: usize>(
-        &self,
-        operation: &'static str,
-        operands: &[&Tensor],
-        product: Option<Product<'_>>,
-        again: Again<'_>,
-        result: [Tensor; N],
-    ) -> Result<[Tensor; N]> {
-        let call = Call { operation, operands, product, again: Some(again) };
-        whole(self.hook.after(&*self.inner, &call, result.into())?, operation)
-    }
-
-    /// An operation that changes tensors in place, `operate`d on by any device.
-    fn in_place<const N: usize>(
-        &self,
-        operation: &'static str,
-        mut tensors: [&mut Tensor; N],
-        operate: InPlace<'_>,
-    ) -> Result<()> {
-        let here = Elsewhere { device: &*self.inner, from: None };
-        let copy = |x: &Tensor| self.inner.upload(&self.inner.download(x)?, &x.shape, x.dtype);
-        let before: Option<Vec<Tensor>> = match self.hook.repeats_in_place() {
-            true => Some(tensors.iter().map(|x| copy(x)).collect::<Result<_>>()?),
-            false => None,
-        };
-        operate(&*self.inner, &mut tensors, &here)?;
-        let again = |there: &Elsewhere<'_>| {
-            let mut brought = Vec::new();
-            for x in before.iter().flatten() {
-                brought.push(there.device.upload(&self.inner.download(x)?, &x.shape, x.dtype)?);
-            }
-            operate(there.device, &mut brought.iter_mut().collect::<Vec<_>>(), there)?;
-            Ok(brought)
-        };
-        let again = before.is_some().then_some(&again as Again<'_>);
-        let call = Call { operation, operands: &[], product: None, again };
-        // The caller's tensors are given up, so that the hook's are the only ones and stay writable in place.
-        let placeholder = self.inner.zeros(&[0], DType::F32)?;
-        let result = tensors.iter_mut().map(|x| std::mem::replace(*x, placeholder.clone())).collect();
-        let result: [Tensor; N] = whole(self.hook.after(&*self.inner, &call, result)?, operation)?;
-        tensors.into_iter().zip(result).for_each(|(x, after)| *x = after);
-        Ok(())
-    }
-}
-
-fn whole<const N: usize>(result: Vec<Tensor>, operation: &str) -> Result<[Tensor; N]> {
-    let count = result.len();
-    result
-        .try_into()
-        .map_err(|_| crate::Error::internal(format!("a hook made {count} results of the {N} of {operation}")))
-}
+use crate::device::checks::{Sums, Weights};
+use crate::device::{
+    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor, Update,
+    parts,
+};
 
 impl Device for Hooked {
     fn name(&self) -> String {
@@ -171,11 +29,20 @@ impl Device for Hooked {
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>> {
         self.inner.statistics(x, units, target)
     }
-    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
+    fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<Norm>> {
         self.inner.norms(x, units)
     }
-    fn row_checks(&self, x: &Tensor, weights: Option<Weights<'_>>) -> Result<Vec<(f64, f64)>> {
+    fn queue_norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<PendingNorms> {
+        self.inner.queue_norms(x, units)
+    }
+    fn finish_norms(&self, pending: PendingNorms) -> Result<Vec<Norm>> {
+        self.inner.finish_norms(pending)
+    }
+    fn row_checks(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {
         self.inner.row_checks(x, weights)
+    }
+    fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<Sums> {
+        self.inner.column_checks(x, units)
     }
 
     // ---- data movement that rounds or reorders
@@ -211,6 +78,60 @@ impl Device for Hooked {
         let product = Product::InputGrad { dy, w, compute };
         let dx = self.inner.linear_input_grad(dy, w, compute, out)?;
         let [dx] = self.seen("linear_input_grad", &[dy, w], Some(product), again, [dx])?;
+        Ok(dx)
+    }
+    fn linear_adapted(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        compute: Compute,
+        out: DType,
+        branch: &LowRank<'_>,
+        scaling: f32,
+    ) -> Result<Tensor> {
+        if self.sees_everything() {
+            return parts::linear_adapted(self, (x, w, bias), (compute, out), branch, scaling);
+        }
+        let again: Again<'_> = &|on| {
+            let (bias, u, b) = (bias.map(|b| on.bring(b)).transpose()?, on.bring(branch.x)?, on.bring(branch.w)?);
+            let (x, w, branch) = (on.bring(x)?, on.bring(w)?, LowRank { x: &u, w: &b, ..*branch });
+            Ok(vec![on.device.linear_adapted(&x, &w, bias.as_ref(), compute, out, &branch, scaling)?])
+        };
+        let product = Product::Adapted { x, w, bias, compute, branch: *branch, scaling };
+        let y = self.inner.linear_adapted(x, w, bias, compute, out, branch, scaling)?;
+        let [y] = self.seen("linear_adapted", &[x, w], Some(product), again, [y])?;
+        Ok(y)
+    }
+    fn linear_input_grad_onto(
+        &self,
+        so_far: Option<Tensor>,
+        branch: Option<&LowRank<'_>>,
+        dy: &Tensor,
+        w: &Tensor,
+        compute: Compute,
+        out: DType,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        match self.hook.sees() {
+            Sees::Everything => {
+                return parts::input_grad_onto(self, so_far, branch, (dy, w), (compute, out, dtype));
+            }
+            Sees::Nothing => return self.inner.linear_input_grad_onto(so_far, branch, dy, w, compute, out, dtype),
+            Sees::Products => {}
+        }
+        let before = so_far.clone();
+        let again: Again<'_> = &|on| {
+            let before = before.as_ref().map(|x| on.bring(x)).transpose()?;
+            let brought = branch.map(|b| Ok::<_, crate::Error>((on.bring(b.x)?, on.bring(b.w)?))).transpose()?;
+            let branch = branch.zip(brought.as_ref()).map(|(b, (x, w))| LowRank { x, w, ..*b });
+            let (dy, w) = (on.bring(dy)?, on.bring(w)?);
+            Ok(vec![on.device.linear_input_grad_onto(before, branch.as_ref(), &dy, &w, compute, out, dtype)?])
+        };
+        let branch_too = branch.copied();
+        let product = Product::Onto { so_far: before.as_ref(), branch: branch_too, dy, w, compute, out };
+        let dx = self.inner.linear_input_grad_onto(so_far, branch, dy, w, compute, out, dtype)?;
+        let [dx] = self.seen("linear_input_grad_onto", &[dy, w], Some(product), again, [dx])?;
         Ok(dx)
     }
     fn linear_weight_grad(
@@ -347,13 +268,41 @@ impl Device for Hooked {
             let (losses, d_logits) = device.cross_entropy(logits, labels, seed)?;
             Ok([device.upload(&losses, &[losses.len()], DType::F32)?, d_logits])
         };
+        if !self.sees_everything() {
+            return self.inner.cross_entropy(logits, labels, seed);
+        }
         let again: Again<'_> = &|on| Ok(with_losses(on.device, &on.bring(logits)?)?.into());
         let [losses, d_logits] =
             self.seen("cross_entropy", &[logits], None, again, with_losses(&*self.inner, logits)?)?;
         Ok((self.inner.download(&losses)?, d_logits))
     }
 
+    fn cross_entropy_owned(&self, logits: Tensor, labels: &[u32], seed: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+        match self.sees_everything() {
+            true => self.cross_entropy(&logits, labels, seed),
+            false => self.inner.cross_entropy_owned(logits, labels, seed),
+        }
+    }
+
     // ---- optimizer
+    fn accumulate_units(&self, acc: &mut Tensor, units: &Tensor) -> Result<()> {
+        match self.sees_everything() {
+            true => parts::accumulate_units(self, acc, units),
+            false => self.inner.accumulate_units(acc, units),
+        }
+    }
+    fn update(&self, tensors: &mut [Update<'_>], factors: [f32; 2]) -> Result<f64> {
+        match self.sees_everything() {
+            true => parts::update(self, tensors, factors),
+            false => self.inner.update(tensors, factors),
+        }
+    }
+    fn norms_of(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
+        match self.sees_everything() {
+            true => parts::norms_of(self, tensors, factor),
+            false => self.inner.norms_of(tensors, factor),
+        }
+    }
     fn accumulate(&self, acc: &mut Tensor, g: &Tensor) -> Result<()> {
         self.in_place("accumulate", [acc], &|device, x, on| device.accumulate(x[0], &on.bring(g)?))
     }
