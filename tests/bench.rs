@@ -34,6 +34,8 @@ fn site(kind: &str, layer: usize) -> SiteReport {
         max_abs: 1e5,
         nonfinite: 3,
         first_step: Some(7),
+        arisen: 0,
+        arises_at: None,
         underflow_share: 0.0,
     }
 }
@@ -57,6 +59,7 @@ fn lost(share: f64) -> Vec<LostUpdates> {
 fn a_forward_overflow_makes_fp16_unsafe_at_the_first_site_and_bf16_is_taken() {
     let mut half = precision("fp16", 0.01);
     half.sites = vec![site("mlp.down_proj output", 1), site("mlp.act output", 1), site("residual output", 2)];
+    (half.sites[1].arisen, half.sites[1].arises_at) = (3, Some(7));
     let verdict = decide(&[precision("bf16", 0.02), half], &scale(None), &[], 1e-3);
     assert!(verdict.summary.starts_with("bf16 is safe here."), "{}", verdict.summary);
     assert!(verdict.summary.contains("layers.1.mlp.act output overflows beyond 65504"), "{}", verdict.summary);

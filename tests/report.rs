@@ -170,6 +170,7 @@ fn ranges(layers: usize) -> Vec<SiteRange> {
                     max_abs: if hot { 9e4 } else { 2f64.powi((k * 3 + layer % 4) as i32) },
                     limit: 65504.0,
                     overflow: if hot { 12 } else { 0 },
+                    inherited: if layer > 1 && k == 4 && pass == Pass::Forward { 12 } else { 0 },
                     underflow_share: 1e-4,
                 });
             }

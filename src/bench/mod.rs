@@ -77,6 +77,10 @@ pub struct SiteReport {
     /// Elements that were NaN or infinite, and the first step with one.
     pub nonfinite: u64,
     pub first_step: Option<u64>,
+    /// Those of them that arose here: nothing measured before this site of the same micro-batch was broken. The rest is
+    /// inherited. And the first step with one.
+    pub arisen: u64,
+    pub arises_at: Option<u64>,
     /// Share of elements that are zero or subnormal here and neither in the fp32 replay.
     #[serde(with = "number")]
     pub underflow_share: f64,

@@ -187,7 +187,8 @@ impl Bench {
                 pass: if s.backward { Pass::Backward } else { Pass::Forward },
                 max_abs: s.max_abs * if s.backward { scale } else { 1.0 },
                 limit: FP16_MAX,
-                overflow: if s.backward { 0 } else { in_half.map_or(0, |h| h.nonfinite) },
+                overflow: if s.backward { 0 } else { in_half.map_or(0, |h| h.arisen) },
+                inherited: if s.backward { 0 } else { in_half.map_or(0, |h| h.nonfinite - h.arisen) },
                 underflow_share: in_half.map_or(0.0, |h| h.underflow_share),
             }
         };

@@ -1,6 +1,6 @@
 //! Replays of the same steps in every precision: where they part, what the loss scaler did, what every site saw.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -127,9 +127,11 @@ impl Observer for Collector {
         Ok(())
     }
     fn probes(&mut self, _: u64) -> Probes {
-        Probes::PerSite
+        // Per micro-batch: one that is broken says nothing about where another breaks.
+        Probes::PerUnit
     }
     fn measured(&mut self, step: u64, measurements: &[Measurement]) -> Result<()> {
+        let mut broken = BTreeSet::new();
         for m in measurements {
             let seen = self.sites.entry((m.site.is_backward(), m.site)).or_insert_with(|| unseen(m.site));
             let s = &m.statistics;
@@ -138,6 +140,10 @@ impl Observer for Collector {
             seen.report.nonfinite += nonfinite;
             if nonfinite > 0 {
                 seen.report.first_step.get_or_insert(step);
+                if broken.insert(m.unit) {
+                    seen.report.arisen += nonfinite;
+                    seen.report.arises_at.get_or_insert(step);
+                }
             }
             seen.elements += s.elements;
             seen.small += s.zero + s.subnormal;
@@ -160,6 +166,8 @@ fn unseen(site: Site) -> Seen {
         max_abs: 0.0,
         nonfinite: 0,
         first_step: None,
+        arisen: 0,
+        arises_at: None,
         underflow_share: 0.0,
     };
     Seen { report, elements: 0, small: 0 }

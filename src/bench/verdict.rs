@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::passes::FP16_MAX;
-use super::{LostUpdates, Precision, ScaleLimit, SiteReport};
+use super::{LostUpdates, Precision, ScaleLimit};
 use crate::report::{number, percent};
 
 /// The answer.
@@ -55,14 +55,11 @@ fn power_below(limit: f64) -> f64 {
 }
 
 fn judge(p: &Precision, scale: &ScaleLimit, lost: &[LostUpdates], learning_rate: f64) -> (bool, String) {
-    let forward = p.sites.iter().filter(|s| !s.backward && s.nonfinite > 0).min_by_key(|s| s.first_step);
-    if let Some(site) = forward {
-        let step = site.first_step.unwrap_or(0);
+    if let Some((step, site)) = first_broken(p) {
         let limit = if p.name.contains("fp16") { format!(" beyond {}", number(FP16_MAX)) } else { String::new() };
-        let cause = first_of(p, step);
         return (
             false,
-            format!("{cause} overflows{limit} in the forward pass at step {step}, and no loss scale helps there"),
+            format!("{site} overflows{limit} in the forward pass at step {step}, and no loss scale helps there"),
         );
     }
     if p.trajectory.broken > 0 {
@@ -95,40 +92,11 @@ fn judge(p: &Precision, scale: &ScaleLimit, lost: &[LostUpdates], learning_rate:
     (true, format!("gradient within {} of the reference", percent(p.gradient.relative_l2)))
 }
 
-/// The first broken site of a step in the order of a forward pass: what others inherit from.
-fn first_of(p: &Precision, step: u64) -> &str {
-    let broken = |s: &&SiteReport| !s.backward && s.first_step == Some(step);
-    p.sites.iter().filter(broken).min_by_key(|s| order(s)).map_or("a site", |s| s.site.as_str())
-}
-
-/// Sites of a block as a forward pass meets them.
-const BLOCK: [&str; 15] = [
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.q",
-    "self_attn.k",
-    "self_attn.attention",
-    "self_attn.o_proj",
-    "self_attn.residual",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.act",
-    "mlp.down_proj",
-    "residual",
-];
-
-fn order(site: &SiteReport) -> (usize, usize) {
-    let part = site.kind.split(' ').next().unwrap_or("");
-    let within = BLOCK.iter().position(|name| *name == part).unwrap_or(BLOCK.len());
-    let layer = match site.layer {
-        Some(layer) => layer + 1,
-        None if part == "embed_tokens" => 0,
-        None => usize::MAX,
-    };
-    (layer, within)
+/// The earliest step at which something of the forward pass broke by itself, and the site where most of it did.
+fn first_broken(p: &Precision) -> Option<(u64, &str)> {
+    let arisen = p.sites.iter().filter(|s| !s.backward).filter_map(|s| Some((s.arises_at?, s)));
+    let first = arisen.min_by_key(|(step, site)| (*step, std::cmp::Reverse(site.arisen)));
+    first.map(|(step, site)| (step, site.site.as_str()))
 }
 
 /// Share of lost updates in `dtype` at the learning rate nearest to `rate`.

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 
-use super::Common;
+use super::{Common, demo};
 use crate::bench::{self, Options, PRECISIONS};
+use crate::replay::Replayer;
 use crate::report::terminal::Style;
 use crate::sweep::replayed::start;
 use crate::{Error, Result, output};
@@ -13,9 +14,10 @@ use crate::{Error, Result, output};
 /// As typed.
 #[derive(Debug, ClapArgs)]
 pub struct Args {
-    /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one.
+    /// A LLaMA-Factory configuration (YAML or JSON), or a folder with exactly one [default: the small run that ships
+    /// with the program].
     #[arg(value_name = "RUN")]
-    pub run: PathBuf,
+    pub run: Option<PathBuf>,
     /// Where to start: initial (step 0) or the step of a checkpoint.
     #[arg(long, value_name = "initial|K", default_value = "initial")]
     pub from: String,
@@ -35,7 +37,19 @@ pub struct Args {
 /// # Errors
 /// When the run cannot be read or replayed.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
-    let replayer = common.open_replayer(&args.run, &[])?;
+    match &args.run {
+        Some(run) => measure(args, common, common.open_replayer(run, &[])?, None),
+        None => {
+            let folder = demo::unpacked()?;
+            let shipped = Common { root: folder.path().to_owned(), ..common.clone() };
+            let replayer = shipped.open_replayer(&folder.path().join(demo::RUN), &[])?;
+            measure(args, common, replayer, Some("the run that ships with spikeprobe"))
+        }
+    }
+}
+
+/// `name`: what the run is called in results, if not by its path.
+fn measure(args: &Args, common: &Common, replayer: Replayer, name: Option<&str>) -> Result<()> {
     let chosen =
         |name: &&&str| args.precision.is_empty() || **name == "fp32" || args.precision.iter().any(|p| p == **name);
     let options = Options {
@@ -44,13 +58,16 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
         precisions: PRECISIONS.iter().filter(chosen).map(|name| (*name).to_owned()).collect(),
     };
     let shown = !common.quiet && output::progress();
-    let bench = bench::run(&replayer, &options, &|what| {
+    let mut bench = bench::run(&replayer, &options, &|what| {
         if shown {
             output::status(what);
         }
     })?;
     if shown {
         output::status("");
+    }
+    if let Some(name) = name {
+        bench.run = name.to_owned();
     }
     if let Some(path) = &args.html {
         output::write_text(path, &bench.html())?;

@@ -47,7 +47,8 @@ pub const FILES: &[Embedded] = &[
     file!("runs/k1-healthy-mem-llama-bf16/out/checkpoint-48/adapter_model.safetensors"),
 ];
 
-const RUN: &str = "runs/a8-lr-stage2-llama-fp32";
+/// The run's folder below the root.
+pub const RUN: &str = "runs/a8-lr-stage2-llama-fp32";
 /// Past the spike at step 3 by a few steps.
 const TO: &str = "6";
 
@@ -58,11 +59,11 @@ struct Typed<T: ClapArgs> {
     args: T,
 }
 
-/// Replays the run beside its log, then says what made it spike.
+/// Puts the run into a temporary folder, its root.
 ///
 /// # Errors
-/// When the files cannot be put into a temporary folder, or the replay fails.
-pub fn run(_: &Args, common: &Common) -> Result<()> {
+/// The folder cannot be made or written.
+pub fn unpacked() -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir().map_err(|e| {
         Error::output(format!("cannot make a temporary folder: {e}")).next("check free space and TMPDIR")
     })?;
@@ -73,6 +74,15 @@ pub fn run(_: &Args, common: &Common) -> Result<()> {
         }
         output::write_file(&path, |out| out.write_all(file.content).map_err(|e| Error::output(e.to_string())))?;
     }
+    Ok(folder)
+}
+
+/// Replays the run beside its log, then says what made it spike.
+///
+/// # Errors
+/// When the files cannot be put into a temporary folder, or the replay fails.
+pub fn run(_: &Args, common: &Common) -> Result<()> {
+    let folder = unpacked()?;
     let run = folder.path().join(RUN).into_os_string();
     let here = Common { root: folder.path().to_owned(), json: None, ..common.clone() };
     // --json is the diagnosis'; text for people stays off standard output where that is JSON.

@@ -138,6 +138,7 @@ fn site_range(measurement: &Measurement) -> SiteRange {
         max_abs: f64::from(measurement.statistics.max_abs),
         limit: crate::probe::largest(measurement.range),
         overflow: measurement.out_of_range(),
+        inherited: 0,
         underflow_share: measurement.subnormal_share(),
     }
 }

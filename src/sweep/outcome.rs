@@ -9,7 +9,8 @@ use crate::run::LogRow;
 /// How a cell went.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// No spike of the loss, nothing that is not finite, not stopped, no worse at the end than at the beginning.
+    /// No spike of the loss, nothing that is not finite, not stopped, no worse at the end than at the beginning, and
+    /// not far from its own best stretch.
     pub stable: bool,
     /// Optimizer steps replayed, and rows they saw.
     pub steps: u64,
@@ -64,6 +65,14 @@ const PATIENCE: u64 = 8;
 const PATIENCE_SHARE: f64 = 0.05;
 /// Far up: this factor over its own best and one nat above it, and above where it began.
 const FAR: f64 = 4.0;
+
+/// The last tenth has risen from the best tenth when it lies this factor above it, by more standard errors than
+/// [`CERTAIN`], and by this share of the first loss: a noisy loss that came down and crept up again has no spike.
+const RISEN: f64 = 1.5;
+const CERTAIN: f64 = 3.0;
+const RISEN_SHARE: f64 = 0.05;
+/// Steps whose mean says anything.
+const STRETCH: usize = 4;
 
 /// Collects an [`Outcome`].
 #[derive(Debug)]
@@ -176,10 +185,31 @@ impl Tracker {
         outcome.stable = outcome.stopped.is_none()
             && outcome.nonfinite_steps == 0
             && improved
+            && !has_risen(&outcome.curve)
             && !outcome.spikes.iter().any(harmful);
         outcome.curve = shortened(&outcome.curve);
         outcome
     }
+}
+
+/// Whether the end of a curve is clearly above its best stretch, in logarithms, in which losses scatter evenly.
+fn has_risen(curve: &[Point]) -> bool {
+    let stretch = (curve.len() / 10).max(STRETCH);
+    let logs: Vec<f64> = curve.iter().map(|p| p.loss.max(f64::MIN_POSITIVE).ln()).collect();
+    if logs.len() < 3 * stretch {
+        return false;
+    }
+    // Mean and its squared standard error.
+    let level = |logs: &[f64]| {
+        let n = logs.len() as f64;
+        let mean = logs.iter().sum::<f64>() / n;
+        (mean, logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0) / n)
+    };
+    let best = logs.windows(stretch).map(level).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::NAN, 0.0));
+    let end = level(&logs[logs.len() - stretch..]);
+    let rise = end.0 - best.0;
+    let lost = end.0.exp() - best.0.exp();
+    rise > RISEN.ln() && rise > CERTAIN * (end.1 + best.1).sqrt() && lost > RISEN_SHARE * curve[0].loss
 }
 
 fn row(record: &StepRecord) -> LogRow {
@@ -269,6 +299,26 @@ mod tests {
     #[test]
     fn a_loss_that_only_rises_slowly_is_not_stable() {
         assert!(!train((0..100).map(|s| 1.0 + s as f64 * 0.01)).stable);
+    }
+
+    /// A loss that scatters by ± 30 % around `level`.
+    fn noisy(step: u64, level: f64) -> f64 {
+        level * (1.0 + 0.3 * ((step * 7919 % 13) as f64 / 6.0 - 1.0))
+    }
+
+    #[test]
+    fn a_noisy_loss_that_creeps_up_from_its_best_is_not_stable() {
+        let level = |s: u64| if s < 50 { falling(s) } else { 0.12 + (s - 50) as f64 * 0.01 };
+        let outcome = train((0..100).map(|s| noisy(s, level(s))));
+        assert!(outcome.spikes.is_empty() && !outcome.stable, "{outcome:?}");
+    }
+
+    #[test]
+    fn noise_around_a_level_and_small_losses_that_wander_stay_stable() {
+        let flat = train((0..100).map(|s| noisy(s, falling(s).max(0.5))));
+        assert!(flat.stable, "{:?}", flat.spikes);
+        let small = train((0..100).map(|s| noisy(s, if s < 50 { falling(s) - 0.08 } else { 0.03 + s as f64 * 4e-4 })));
+        assert!(small.stable, "{:?}", small.spikes);
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Cell {
     pub marked: bool,
     /// Hatched: crossed the stability frontier.
     pub bad: bool,
+    /// Dotted: broken by what another cell did.
+    pub inherited: bool,
 }
 
 /// A grid, row by row from the top.
@@ -98,10 +100,14 @@ impl HeatMap {
         if cell.bad {
             class.push_str(" bad");
         }
+        if cell.inherited {
+            class.push_str(" after");
+        }
         let title = if cell.title.is_empty() { String::new() } else { format!(" title=\"{}\"", escape(&cell.title)) };
         let text = match cell.value {
             _ if self.with_text => escape(&cell.text),
             Some(value) if !value.is_finite() => "×".into(),
+            _ if cell.inherited => "·".into(),
             _ => String::new(),
         };
         format!("<td class=\"{class}\"{title}>{text}</td>")

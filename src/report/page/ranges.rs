@@ -24,6 +24,8 @@ pub struct SiteRange {
     pub limit: f64,
     /// Elements beyond the limit.
     pub overflow: u64,
+    /// Elements that are not finite only because an earlier site's were not.
+    pub inherited: u64,
     /// Share of non-zero elements below the smallest normal number of the format.
     pub underflow_share: f64,
 }
@@ -67,7 +69,12 @@ pub fn map(ranges: &[SiteRange], pass: Pass) -> Option<HeatMap> {
             Pass::Forward => "Forward".into(),
             Pass::Backward => "Backward".into(),
         },
-        unit: "room below the format's largest number; striped: beyond it".into(),
+        unit: if of_pass.iter().any(|r| r.inherited > 0) {
+            "room below the format's largest number; striped: beyond it; dotted: not finite because an earlier place was not"
+        } else {
+            "room below the format's largest number; striped: beyond it"
+        }
+        .into(),
         row_name: "site".into(),
         column_name: "layer".into(),
         rows: kinds.iter().map(|k| (*k).to_owned()).collect(),
@@ -86,10 +93,14 @@ const ROOMY: f64 = 20.0;
 fn site_cell(range: &SiteRange) -> Cell {
     let headroom = range.headroom();
     let crossed = range.overflow > 0 || headroom < 0.0 || headroom.is_nan();
+    let inherited = match range.inherited {
+        0 => String::new(),
+        count => format!("\n{count} elements not finite because an earlier place was not"),
+    };
     Cell {
         value: Some(if crossed { f64::INFINITY } else { (ROOMY - headroom).clamp(0.0, ROOMY) }),
         title: format!(
-            "{}\nlargest {} of {}: headroom {} binades\n{} elements beyond, underflow {}",
+            "{}\nlargest {} of {}: headroom {} binades\n{} elements beyond, underflow {}{inherited}",
             range.name(),
             number(range.max_abs),
             number(range.limit),
@@ -98,6 +109,7 @@ fn site_cell(range: &SiteRange) -> Cell {
             crate::report::percent(range.underflow_share)
         ),
         bad: crossed,
+        inherited: !crossed && range.inherited > 0,
         ..Cell::default()
     }
 }

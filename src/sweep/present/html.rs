@@ -139,6 +139,7 @@ impl Sweep<'_> {
             ),
             marked: self.is_suggested(index),
             bad: !result.outcome.stable,
+            ..HeatCell::default()
         }
     }
 
