@@ -244,3 +244,67 @@ fn the_page_of_a_large_sweep_is_small_and_asks_the_network_for_nothing() {
     assert!(html.len() < 1_500_000, "{}", html.len());
     assert!(!html.contains("<script") && !html.contains("src=") && !html.contains("href="));
 }
+
+/// `spikeprobe sweep` of a fixture, eight cells of two steps, one cell at a time.
+fn program(out: &Path) -> std::process::Command {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_spikeprobe"));
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/runs"));
+    command.args(["sweep", "runs/k6-healthy-cos-qwen2-fp32", "--device", "cpu", "-q", "--jobs", "1", "--steps", "2"]);
+    command.args(["--lr", "x0.1,x0.3,x1,x3", "--grid", "max_grad_norm=0.5,1", "--out"]).arg(out);
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    command
+}
+
+/// Finished cells: file name → when it was written.
+fn finished(dir: &Path) -> std::collections::BTreeMap<String, std::time::SystemTime> {
+    let entries = std::fs::read_dir(dir.join("cells")).into_iter().flatten().flatten();
+    let named = entries.map(|e| (e.file_name().to_string_lossy().into_owned(), e));
+    let whole = named.filter(|(name, _)| name.ends_with(".json"));
+    whole.filter_map(|(name, e)| Some((name, e.metadata().ok()?.modified().ok()?))).collect()
+}
+
+#[test]
+fn a_sweep_killed_at_any_moment_loses_and_repeats_nothing_but_the_cell_in_flight() {
+    let (killed, whole) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+    for wait in [3, 40, 90, 160] {
+        let before = finished(killed.path());
+        let mut child = program(killed.path()).spawn().expect("starts");
+        std::thread::sleep(std::time::Duration::from_millis(wait));
+        child.kill().expect("SIGKILL");
+        child.wait().expect("ends");
+        let after = finished(killed.path());
+        assert!(before.iter().all(|(name, time)| after.get(name) == Some(time)), "a result was lost or written again");
+    }
+    let before = finished(killed.path());
+    let ends = |dir: &Path| {
+        let done = program(dir).output().expect("starts");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    };
+    ends(killed.path());
+    ends(whole.path());
+    let after = finished(killed.path());
+    assert!(before.iter().all(|(name, time)| after.get(name) == Some(time)), "a result was written again");
+    std::fs::read_dir(killed.path().join("cells"))
+        .expect("cells")
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_none_or(|e| e != "json"))
+        .for_each(|half| std::fs::remove_file(half).expect("what a kill left half written"));
+    assert_eq!(contents(killed.path()), contents(whole.path()));
+}
+
+#[test]
+fn two_shards_of_a_recorded_run_equal_one_sweep_of_it_bit_for_bit() {
+    let dirs: Vec<tempfile::TempDir> = (0..3).map(|_| tempfile::tempdir().expect("dir")).collect();
+    for (dir, shard) in dirs.iter().zip(["0/2", "1/2", "0/1"]) {
+        let done = program(dir.path()).args(["--shard", shard]).output().expect("starts");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    let mut merge = std::process::Command::new(env!("CARGO_BIN_EXE_spikeprobe"));
+    let done = merge.args(["sweep", "merge", "-q"]).args([dirs[0].path(), dirs[1].path()]).output().expect("starts");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    // Without the suggestion's check, which only a whole sweep makes.
+    let named = |dir: &Path| contents(dir).into_iter().filter(|(name, _)| !name.contains("-43-")).collect::<Vec<_>>();
+    assert_eq!(named(dirs[0].path()).len(), 8);
+    assert_eq!(named(dirs[0].path()), named(dirs[2].path()));
+}
