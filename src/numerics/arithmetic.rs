@@ -8,7 +8,7 @@
 
 use serde::Serialize;
 
-use crate::device::Compute;
+use crate::device::{Compute, DType};
 
 /// How a matrix unit adds up a dot product. Products of operands are exact.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +23,8 @@ pub struct Arithmetic {
     /// Significand bits of the accumulator, the leading one included: 24 is f32.
     pub accumulator_bits: u32,
     pub order: Order,
+    /// Parts of a long product that are summed by themselves.
+    pub split: Option<Split>,
     /// Subnormal operands count; otherwise they are zero.
     pub subnormal_operands: bool,
     /// Subnormal sums are kept; otherwise they become zero.
@@ -58,6 +60,16 @@ pub enum Order {
     Pairwise,
 }
 
+/// Parts of the inner dimension whose sums are rounded before they are added as f32, one after another: split-K with a
+/// reduced-precision reduction (cublasMath_t, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION in the cuBLAS
+/// documentation; PyTorch's allow_bf16_reduced_precision_reduction).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Split {
+    /// Terms of a part; shorter products are not split.
+    pub length: usize,
+    pub rounded: DType,
+}
+
 impl Arithmetic {
     /// A chain of IEEE f32 fused multiply-adds.
     pub const FMA: Arithmetic = Arithmetic {
@@ -67,12 +79,28 @@ impl Arithmetic {
         rounding: Rounding::NearestEven,
         accumulator_bits: 24,
         order: Order::Sequential,
+        split: None,
         subnormal_operands: true,
         subnormal_sums: true,
     };
 
     /// Σ a_k·b_k. Slices of the same length, exactly representable in `operand`.
     pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        let Some(Split { length, rounded }) = self.split.filter(|split| split.length < a.len()) else {
+            return self.part(a, b);
+        };
+        let parts = a.chunks(length.max(1)).zip(b.chunks(length.max(1)));
+        parts.fold(0.0, |sum, (a, b)| {
+            sum + match rounded {
+                DType::F32 => self.part(a, b),
+                DType::BF16 => half::bf16::from_f32(self.part(a, b)).to_f32(),
+                DType::F16 => half::f16::from_f32(self.part(a, b)).to_f32(),
+            }
+        })
+    }
+
+    /// One part of the inner dimension, or all of it.
+    fn part(&self, a: &[f32], b: &[f32]) -> f32 {
         let operands = |k: std::ops::Range<usize>| (&a[k.clone()], &b[k]);
         let blocks: Vec<_> = (0..a.len()).step_by(self.block).map(|k| k..a.len().min(k + self.block)).collect();
         match self.order {

@@ -14,6 +14,9 @@ pub struct Fingerprint {
     pub order: Found,
     /// Starts of partial sums in a product of 4096 terms.
     pub cuts: Vec<usize>,
+    /// Significand bits of those partial sums where they are fewer than the accumulator's, results stored in the
+    /// operands' dtype: a split with a reduced-precision reduction.
+    pub reduced_bits: Option<u32>,
     /// Bits below the leading one of the largest term that survive while terms are added.
     pub kept_bits: u32,
     /// What happens to the bits below.
@@ -129,6 +132,7 @@ pub fn fingerprint(multiplier: &dyn Multiplier) -> Result<Fingerprint> {
     let accumulator_bits = asked.kept(apart)? + 1;
     Ok(Fingerprint {
         cuts: order::cuts(multiplier)?,
+        reduced_bits: reduced_bits(multiplier, apart, accumulator_bits)?,
         kept_bits,
         cut_off,
         rounding: rounding(&asked, accumulator_bits)?,
@@ -139,6 +143,30 @@ pub fn fingerprint(multiplier: &dyn Multiplier) -> Result<Fingerprint> {
         nonfinite: nonfinite(&asked)?,
         order,
     })
+}
+
+/// Bits of the sums of parts of a long product: of 1 and 2^-p in the first part, before −1 of a later one takes the 1 away.
+fn reduced_bits(multiplier: &dyn Multiplier, first: [usize; 3], whole: u32) -> Result<Option<u32>> {
+    let survives = |last: usize, p: u32| -> Result<bool> {
+        let small = 2f32.powi(-(p as i32));
+        let (mut a, mut b) = (vec![0f32; order::LONG], vec![0f32; order::LONG]);
+        for (place, term) in [(first[0], 1.0), (first[1], small), (last, -1.0)] {
+            (a[place], b[place]) = split(term);
+        }
+        Ok(multiplier.rounded_dots(&a, &b)?.first().copied() == Some(small))
+    };
+    let full = whole.saturating_sub(1);
+    for last in [order::LONG / 4, order::LONG / 2, 3 * order::LONG / 4, order::LONG - 1] {
+        if full == 0 || survives(last, full)? {
+            continue;
+        }
+        let mut kept = 0;
+        while kept + 1 < full && survives(last, kept + 1)? {
+            kept += 1;
+        }
+        return Ok(Some(kept + 1));
+    }
+    Ok(None)
 }
 
 /// `left(t)` is what remains, in units of the last kept bit, of a term t units beside ±1.

@@ -20,14 +20,14 @@ mod soak;
 mod trail;
 mod triage;
 
-pub use arithmetic::{Arithmetic, Order, Rounding, Sum};
+pub use arithmetic::{Arithmetic, Order, Rounding, Split, Sum};
 pub use checksum::{Checksums, Violation};
 pub use faults::{Fault, Faults, Lasts, Wrong, parse_fault};
 pub use fingerprint::{CutOff, Fingerprint, NonFinite, fingerprint};
 pub use multiplier::{DeviceProduct, Multiplier};
 pub use profiles::{Profile, published};
 pub use recompute::{Mismatch, Recompute};
-pub use reorder::Reorder;
+pub use reorder::{Reorder, SplitK};
 pub use soak::{Soak, soak};
 pub use trail::{Location, Mark, Trail, near, parting};
-pub use triage::{Effort, Evidence, State, Suspect, examine};
+pub use triage::{Effort, Evidence, SECOND_BYTES, SecondOpinion, State, Suspect, examine};

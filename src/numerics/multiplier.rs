@@ -13,6 +13,13 @@ pub trait Multiplier {
     /// # Errors
     /// Those of the device.
     fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>>;
+    /// The same with results stored in the operands' dtype: a library may then keep its partial sums in it too.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn rounded_dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
+        self.dots(a, b)
+    }
 }
 
 impl Multiplier for Arithmetic {
@@ -38,16 +45,30 @@ impl Multiplier for DeviceProduct<'_> {
         self.compute
     }
     fn dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
-        let stored = match self.compute {
+        self.stored_dots(a, b, DType::F32)
+    }
+    fn rounded_dots(&self, a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
+        self.stored_dots(a, b, self.stored())
+    }
+}
+
+impl DeviceProduct<'_> {
+    /// The operands' dtype.
+    fn stored(&self) -> DType {
+        match self.compute {
             Compute::F32 | Compute::Tf32 => DType::F32,
             Compute::Bf16 => DType::BF16,
             Compute::F16 => DType::F16,
-        };
+        }
+    }
+
+    fn stored_dots(&self, a: &[f32], b: &[f32], out: DType) -> Result<Vec<f32>> {
+        let stored = self.stored();
         let (k, tile) = (b.len(), self.tile);
         let rows: Vec<f32> = a.chunks_exact(k).flat_map(|row| row.repeat(tile)).collect();
         let x = self.device.upload(&rows, &[rows.len() / k, k], stored)?;
         let w = self.device.upload(&b.repeat(tile), &[tile, k], stored)?;
-        let y = self.device.download(&self.device.linear(&x, &w, None, self.compute, DType::F32)?)?;
+        let y = self.device.download(&self.device.linear(&x, &w, None, self.compute, out)?)?;
         // A middle element of each tile, not the first lane of anything.
         Ok(y.chunks_exact(tile * tile).map(|block| block[block.len() / 2]).collect())
     }

@@ -117,16 +117,30 @@ pub fn of(multiplier: &dyn Multiplier) -> Result<Found> {
     Ok(Found::Other { with_first: seen.sizes[..seen.terms - 1].to_vec() })
 }
 
-/// Where a product of [`LONG`] terms starts partial sums of their own, as far as one probe per half octave tells.
+/// Distance of the ones in a long product: few enough for a partial sum of 8 bits to count them.
+const SPARSE: usize = 16;
+
+/// Where a product of [`LONG`] terms starts partial sums of their own, to [`SPARSE`] terms, as far as one probe per half
+/// octave tells.
 ///
 /// # Errors
 /// As [`of`].
 pub fn cuts(multiplier: &dyn Multiplier) -> Result<Vec<usize>> {
-    // In one sequence the subtree of two neighbours reaches back to term 0; in a part of its own, to its start.
-    let places = (2..).flat_map(|p| [1usize << p, 3 << (p - 1)]).take_while(|&j| j + 1 < LONG);
-    let pairs: Vec<(usize, usize)> = places.map(|j| (j, j + 1)).collect();
-    let sizes = ask(multiplier, LONG, &pairs)?;
-    let mut starts: Vec<usize> = pairs.iter().zip(sizes).map(|(&(_, j), size)| (j + 1).saturating_sub(size)).collect();
+    let (huge, small) = magnitudes(multiplier.operand());
+    let places = (4..).flat_map(|p| [1usize << p, 3 << (p - 1)]).take_while(|&j| j + 1 < LONG);
+    let mut starts = Vec::new();
+    for j in places.map(|j| j + 1) {
+        let one = |k: usize| if k.is_multiple_of(SPARSE) { small } else { 0.0 };
+        let (mut a, mut b): (Vec<f32>, Vec<f32>) = (0..LONG).map(|k| (one(k), one(k))).unzip();
+        (a[j], b[j], a[j + 1], b[j + 1]) = (huge, huge, -huge, huge);
+        let left = multiplier.dots(&a, &b)?.first().copied().unwrap_or(f32::NAN) / (small * small);
+        let swamped = (LONG / SPARSE) as f32 - left;
+        if !(0.0..=(LONG / SPARSE) as f32).contains(&swamped) || swamped.fract() != 0.0 {
+            return Err(Error::input(format!("a product of {LONG} masked ones left {left} of {}", LONG / SPARSE)));
+        }
+        // In one sequence the subtree of two neighbours reaches back to term 0; in a part of its own, to its start.
+        starts.push((j / SPARSE + 1).saturating_sub(swamped as usize) * SPARSE);
+    }
     starts.retain(|&start| start > 0);
     starts.sort_unstable();
     starts.dedup();

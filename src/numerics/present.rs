@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::order::Found;
-use super::{Evidence, Fingerprint, State, published};
+use super::{Evidence, Fingerprint, SecondOpinion, State, published};
 use crate::device::Device;
 use crate::report::terminal::{Paint, Style};
 
@@ -45,6 +45,9 @@ pub fn fingerprints(style: Style, device: &dyn Device, seen: &[(&str, Fingerprin
         line("terms are added", order(&print.order));
         let cuts: Vec<String> = print.cuts.iter().map(usize::to_string).collect();
         line("4096 terms", if cuts.is_empty() { "one sum".into() } else { format!("new sums at {}", cuts.join(", ")) });
+        if let Some(bits) = print.reduced_bits {
+            line("partial sums", format!("{bits} bits where the result is a half (reduced-precision split)"));
+        }
         line("accumulator", format!("{} bits, rounded {rounding}", print.accumulator_bits));
         line("kept while adding", format!("{} bits below the largest term, then {:?}", print.kept_bits, print.cut_off));
         line("fused multiply-add", yes(print.exact_products).into());
@@ -126,10 +129,28 @@ pub fn evidence(style: Style, evidence: &Evidence) -> String {
         Some((_, m)) => format!("column {}: {:e}, {} gives {:e}", m.column, m.ours, evidence.compared_with, m.theirs),
     };
     line("recomputed", compared);
+    line("candle", second(&evidence.second));
     evidence.reordered.iter().for_each(|r| line("other order", pair(r)));
+    evidence.split.iter().for_each(|r| line("in rounded parts", pair(r)));
     let known = |x: Option<f64>| x.map_or_else(|| "not logged".into(), |x| format!("{x:.6}"));
     line("log", format!("loss {}, grad norm {}", known(evidence.logged.0), known(evidence.logged.1)));
     text
+}
+
+fn second(opinion: &SecondOpinion) -> String {
+    match opinion {
+        SecondOpinion::Silent(why) => why.clone(),
+        SecondOpinion::Heard(check) if !check.losses[0].is_finite() => {
+            "its numbers are not finite in f32 either: nothing to compare".into()
+        }
+        SecondOpinion::Heard(check) => format!(
+            "{} in f32: loss {:.1e} apart, gradients {:.1e} (rounding: up to {:.1e}); says nothing of half precision",
+            if check.agrees() { "agrees" } else { "DISAGREES" },
+            check.loss_rel(),
+            check.relative_l2,
+            check.allowed,
+        ),
+    }
 }
 
 pub fn evidence_json(evidence: &Evidence) -> Value {
@@ -137,5 +158,9 @@ pub fn evidence_json(evidence: &Evidence) -> Value {
     value["schema"] = "spikeprobe.triage/1".into();
     value["state"] = json!(evidence.state());
     value["location"] = json!(evidence.location());
+    value["candle"] = match &evidence.second {
+        SecondOpinion::Heard(check) => check.json(),
+        SecondOpinion::Silent(why) => json!({"silent": why}),
+    };
     value
 }

@@ -23,6 +23,7 @@ const fn tensor_core(operand: Compute, block: usize, fraction_bits: u32) -> Arit
         rounding: Rounding::TowardZero,
         accumulator_bits: 24,
         order: Order::Sequential,
+        split: None,
         subnormal_operands: true,
         subnormal_sums: true,
     }

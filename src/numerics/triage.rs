@@ -1,6 +1,5 @@
-//! One step of a run, interrogated: does this device compute it the same way twice, do checksums and a
-//! recomputation agree, and how
-//! far would another order of additions have moved it?
+//! One step of a run, interrogated: does this device compute it the same way twice, do checksums, a recomputation and
+//! another implementation agree, and how far would another order of additions have moved it?
 //!
 //! The evidence is gathered by [`examine`]; [`Evidence::state`] judges it and nothing else.
 
@@ -10,12 +9,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::trail::{Location, Mark, Trail, near, parting};
-use super::{Checksums, Faults, Mismatch, Recompute, Reorder, Violation};
+use super::{Checksums, Faults, Mismatch, Recompute, Reorder, SplitK, Violation};
 use crate::Result;
 use crate::device::Device;
 use crate::device::hooked::{Hook, Hooked, Switch};
+use crate::error::Kind;
 use crate::probe::Probes;
-use crate::replay::{Envelope, Observer, Replayer, Source, Start, StepRecord};
+use crate::replay::{
+    CrossCheck, Envelope, Observer, Replayer, Source, Start, StepRecord, second_opinion, second_opinion_bytes,
+};
 
 /// What is known of a step after it was interrogated.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -32,12 +34,37 @@ pub struct Evidence {
     /// What another device computes otherwise, and which one that was.
     pub mismatch: Option<(Location, Mismatch)>,
     pub compared_with: String,
+    /// The step by candle's autograd; written by `present`.
+    #[serde(skip)]
+    pub second: SecondOpinion,
     /// Loss and gradient norm with the terms of every product in another order.
     pub reordered: Vec<(f64, f64)>,
+    /// The same with every product cut in two and in four parts, whose sums are rounded to the result's dtype.
+    pub split: Vec<(f64, f64)>,
     /// Loss and gradient norm in the log, as far as they are those of this step alone.
     pub logged: (Option<f64>, Option<f64>),
     /// Relative deviations of loss and gradient norm that mean nothing in this precision.
     pub floor: (f64, f64),
+}
+
+/// What an implementation that shares no code with this one says of the step. It computes in f32 and without dropout, and
+/// so is compared with this device in f32 without dropout: it can tell that a formula or a kernel is wrong, also where the
+/// same wrong code runs on two devices, but not what is wrong with half-precision arithmetic alone.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SecondOpinion {
+    Heard(Box<CrossCheck>),
+    /// Why it was not heard, or says nothing.
+    Silent(String),
+}
+
+impl SecondOpinion {
+    /// Both computed finite numbers and they are not the same. Numbers that are not finite say nothing here.
+    fn disagrees(&self) -> bool {
+        match self {
+            Self::Heard(check) => check.losses[0].is_finite() && !check.agrees(),
+            Self::Silent(_) => false,
+        }
+    }
 }
 
 /// What a step says about the arithmetic it was computed with.
@@ -58,7 +85,7 @@ pub enum State {
 impl Evidence {
     /// The judgement (issue: transient, persistent, order-dependent told apart by what repeats and what agrees).
     pub fn state(&self) -> State {
-        let wrong = self.mismatch.is_some() || !self.violations.is_empty();
+        let wrong = self.mismatch.is_some() || !self.violations.is_empty() || self.second.disagrees();
         match (&self.parted, self.never_the_same) {
             // A fault that strikes every repeat at the same place leaves the repeats equal; one that does not, parts them.
             (Some(_), false) => State::Transient,
@@ -75,7 +102,7 @@ impl Evidence {
     fn distances(&self) -> Vec<(f64, f64, f64)> {
         let Some(&(loss, norm)) = self.repeats.first() else { return vec![] };
         let moved = |ours: f64, of: fn(&(f64, f64)) -> f64| {
-            self.reordered.iter().map(|r| (of(r) - ours).abs()).fold(0.0, f64::max)
+            self.reordered.iter().chain(&self.split).map(|r| (of(r) - ours).abs()).fold(0.0, f64::max)
         };
         let of_loss = self.logged.0.map(|logged| ((loss - logged).abs(), moved(loss, |r| r.0), self.floor.0 * logged));
         let of_norm = self.logged.1.map(|logged| ((norm - logged).abs(), moved(norm, |r| r.1), self.floor.1 * logged));
@@ -103,11 +130,16 @@ impl Evidence {
 pub struct Effort {
     pub repeats: usize,
     pub orders: usize,
+    /// Whether candle is asked, where its copy of the model fits [`SECOND_BYTES`].
+    pub second: bool,
 }
+
+/// The most memory that a second opinion may take: the model in f32.
+pub const SECOND_BYTES: usize = 4 << 30;
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { repeats: 3, orders: 3 }
+        Self { repeats: 3, orders: 3, second: true }
     }
 }
 
@@ -198,6 +230,27 @@ impl Suspect {
         self.faults.set(None);
     }
 
+    /// The step by candle, and by this device (with a fault that lasts, if there is one).
+    fn second(&self, fault: Option<&Arc<Faults>>) -> Result<SecondOpinion> {
+        let bytes = second_opinion_bytes(&self.replayer);
+        if bytes > SECOND_BYTES {
+            let size = bytes as f64 / f64::from(1 << 30);
+            return Ok(SecondOpinion::Silent(format!("not asked: the model takes {size:.0} GiB in f32")));
+        }
+        let heard = second_opinion(&self.replayer, &self.start, self.step, &mut || {
+            if let Some(fault) = fault {
+                fault.begin_step();
+                self.faults.set(Some(Arc::clone(fault) as Arc<dyn Hook>));
+            }
+        });
+        self.unhook();
+        match heard {
+            Ok(check) => Ok(SecondOpinion::Heard(Box::new(check))),
+            Err(error) if error.kind == Kind::Interrupted => Err(error),
+            Err(error) => Ok(SecondOpinion::Silent(format!("cannot be asked: {error}"))),
+        }
+    }
+
     fn marks(&self, fault: Option<&Arc<Faults>>) -> Result<(Vec<Mark>, (f64, f64))> {
         let trail = Arc::new(Trail::default());
         let record = self.run(Some(Arc::clone(&trail) as Arc<dyn Hook>), fault)?;
@@ -239,6 +292,11 @@ pub fn examine(
         let record = suspect.run(Some(Arc::new(Reorder { seed })), fault)?;
         reordered.push((record.loss, record.grad_norm));
     }
+    let mut split = Vec::new();
+    for parts in [2, 4].into_iter().take(effort.orders) {
+        let record = suspect.run(Some(Arc::new(SplitK { parts })), fault)?;
+        split.push((record.loss, record.grad_norm));
+    }
     let row = suspect.replayer.run().log.rows.iter().rev().find(|row| row.step == suspect.step);
     let alone = row.filter(|row| row.window == 1).and_then(|row| row.loss);
     let floor = Envelope::floor(suspect.replayer.scene().engine.plan());
@@ -251,7 +309,9 @@ pub fn examine(
         violations,
         mismatch,
         compared_with: trusted.name(),
+        second: if effort.second { suspect.second(fault)? } else { SecondOpinion::Silent("not asked".into()) },
         reordered,
+        split,
         logged: (alone, row.and_then(|row| row.grad_norm)),
         floor: (floor.loss, floor.grad_norm),
     })

@@ -98,9 +98,35 @@ pub fn cross_check(
 ) -> Result<CrossCheck> {
     let scene = replayer.scene_for(interventions)?;
     let state = state_before(replayer, &scene, start, step, interventions)?;
-    let segment = scene.segment(step).ok_or_else(|| super::replayer::no_such_step(&scene, step))?;
-    let window = steps::window(&scene, segment, step, interventions)?;
-    let batch = walk::ragged(&scene, &window, &PassOptions::default())?;
+    compute(replayer, &scene, &state, step, interventions)
+}
+
+/// The same of a step of the unchanged run. `ready` is called when only the step itself is left to compute.
+///
+/// # Errors
+/// As [`cross_check`].
+pub fn second_opinion(replayer: &Replayer, start: &Start, step: u64, ready: &mut dyn FnMut()) -> Result<CrossCheck> {
+    let scene = replayer.scene_for(&[])?;
+    let state = state_before(replayer, &scene, start, step, &[])?;
+    ready();
+    compute(replayer, &scene, &state, step, &[])
+}
+
+/// Bytes that the second implementation holds the model in.
+pub fn second_opinion_bytes(replayer: &Replayer) -> usize {
+    replayer.scene().base().tensors().map(|(_, tensor)| 4 * tensor.elements()).sum()
+}
+
+fn compute(
+    replayer: &Replayer,
+    scene: &Scene,
+    state: &TrainState,
+    step: u64,
+    interventions: &[Intervention],
+) -> Result<CrossCheck> {
+    let segment = scene.segment(step).ok_or_else(|| super::replayer::no_such_step(scene, step))?;
+    let window = steps::window(scene, segment, step, interventions)?;
+    let batch = walk::ragged(scene, &window, &PassOptions::default())?;
     let labels = batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
     let seeds: Vec<f32> =
         window.micro_batches.iter().zip(labels).map(|(m, c)| segment.rules.loss.of(&m.fetched, c).seed).collect();

@@ -18,7 +18,7 @@ mod walk;
 
 pub use cache::{record_json, record_of};
 pub use certificate::*;
-pub use cross_check::{CrossCheck, TensorCheck, cross_check};
+pub use cross_check::{CrossCheck, TensorCheck, cross_check, second_opinion, second_opinion_bytes};
 pub use json::{certificate_json, step_json, trace_json};
 pub use replayer::*;
 pub use scene::{Scene, Segment};

@@ -1,9 +1,9 @@
 //! The fingerprint against arithmetics that were planted in software, and against this machine's processor.
 
-use spikeprobe::device::{Compute, cpu::CpuDevice};
+use spikeprobe::device::{Compute, DType, cpu::CpuDevice};
 use spikeprobe::numerics::order::Found;
 use spikeprobe::numerics::{
-    Arithmetic, CutOff, DeviceProduct, Fingerprint, Order, Rounding, Sum, fingerprint, published,
+    Arithmetic, CutOff, DeviceProduct, Fingerprint, Order, Rounding, Split, Sum, fingerprint, published,
 };
 
 fn of(arithmetic: &Arithmetic) -> Fingerprint {
@@ -31,6 +31,20 @@ fn check(name: &str, planted: &Arithmetic) {
     if planted.operand != Compute::F16 {
         assert_eq!(seen.subnormal_sums, Some(planted.subnormal_sums), "{name}");
     }
+    let bits = planted.split.and_then(|split| match split.rounded {
+        DType::F32 => None,
+        DType::BF16 => Some(8),
+        DType::F16 => Some(11),
+    });
+    assert_eq!(seen.reduced_bits, bits, "{name}");
+    let length = planted.split.map_or(usize::MAX, |split| split.length);
+    if planted.order == Order::Sequential {
+        assert_eq!(
+            seen.cuts,
+            (1..).map_while(|p| length.checked_mul(p).filter(|&at| at < 4096)).collect::<Vec<_>>(),
+            "{name}"
+        );
+    }
     let rules = seen.nonfinite;
     assert!(rules.infinity_times_zero_is_nan && rules.infinities_cancel_to_nan && rules.nan_propagates, "{name}");
 }
@@ -49,6 +63,10 @@ fn recovers_planted_widths_roundings_blocks_orders_and_subnormals() {
         sum: Sum::Aligned { fraction_bits },
         rounding: Rounding::TowardZero,
         ..Arithmetic::FMA
+    };
+    let split = |operand, block, length, rounded| {
+        let wide = if block > 1 { aligned(block, 24) } else { Arithmetic::FMA };
+        Arithmetic { operand, split: Some(Split { length, rounded }), ..wide }
     };
     let planted = [
         ("f32 fused multiply-adds", Arithmetic::FMA),
@@ -70,6 +88,9 @@ fn recovers_planted_widths_roundings_blocks_orders_and_subnormals() {
         ),
         ("8 SIMD lanes", Arithmetic { order: Order::Lanes { lanes: 8 }, ..Arithmetic::FMA }),
         ("2 lanes of blocks of 8", Arithmetic { order: Order::Lanes { lanes: 2 }, ..aligned(8, 24) }),
+        ("f32 in parts of 1024", split(Compute::F32, 1, 1024, DType::F32)),
+        ("bf16 in parts of 1024, summed in bf16", split(Compute::Bf16, 8, 1024, DType::BF16)),
+        ("fp16 in parts of 2048, summed in fp16", split(Compute::F16, 16, 2048, DType::F16)),
         ("pairwise f32", Arithmetic { order: Order::Pairwise, ..Arithmetic::FMA }),
         ("tree over blocks of 4", Arithmetic { order: Order::Pairwise, ..aligned(4, 24) }),
     ];

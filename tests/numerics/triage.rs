@@ -9,7 +9,7 @@ use spikeprobe::replay::Source;
 
 const FP32: &str = "runs/k6-healthy-cos-qwen2-fp32";
 const BF16: &str = "runs/n1-leak-qwen2-bf16";
-const REPEATS_ONLY: Effort = Effort { repeats: 3, orders: 0 };
+const REPEATS_ONLY: Effort = Effort { repeats: 3, orders: 0, second: false };
 
 fn source(run: &str) -> Source {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/runs");
@@ -77,7 +77,8 @@ fn transient_and_persistent_faults_are_told_apart_and_found() {
 #[test]
 fn a_clean_step_is_accused_of_nothing() {
     for (run, step) in [(FP32, 1), (FP32, 5), (BF16, 1), (BF16, 4)] {
-        let evidence = examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 1 }, None).unwrap();
+        let evidence =
+            examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 1, second: true }, None).unwrap();
         assert_eq!(evidence.violations, vec![], "{run} step {step}");
         assert!(matches!(evidence.state(), State::Correct | State::OrderDependent), "{run} step {step}: {evidence:?}");
     }
@@ -92,7 +93,8 @@ fn two_hundred_faults_and_a_hundred_clean_steps() {
     assert!(shares.iter().all(|(told, found)| *told >= 0.95 && *found >= 0.9), "{shares:?}");
     for n in 0..100u64 {
         let (run, step) = if n % 2 == 0 { (FP32, 1 + n / 10) } else { (BF16, 1 + n / 10) };
-        let evidence = examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 0 }, None).unwrap();
+        let evidence =
+            examine(&suspect(run, step), &cpu(), Effort { repeats: 2, orders: 0, second: false }, None).unwrap();
         assert!(evidence.violations.is_empty() && evidence.mismatch.is_none(), "{run} step {step}: {evidence:?}");
         assert_eq!(evidence.parted, None, "{run} step {step}");
     }
