@@ -62,6 +62,12 @@ __device__ __forceinline__ float round_to(float x, int tag) {
 __device__ __forceinline__ u64 global_thread() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ u64 all_threads() { return (u64)gridDim.x * blockDim.x; }
 
+// Stores x and says what was stored.
+__device__ __forceinline__ float stored(void* p, u64 i, float x, int tag) {
+    store(p, i, x, tag);
+    return round_to(x, tag);
+}
+
 // Butterflies: addition commutes, so every lane ends with the same bits.
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lanes = 16; lanes > 0; lanes >>= 1) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);

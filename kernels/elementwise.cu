@@ -14,11 +14,21 @@
 // dropout         out = x · (u < p ? 0 : 1/(1 − p)), u uniform in [0, 1)
 //                 Both draw from src/device/noise.rs's generator: a pure function of (seed, stream, element).
 //                 Bytes: n · 2·size x
-// Launch: 256 threads, grid-stride, no shared memory.
-#include "common.cuh"
+// *_measured      the same, and the statistics of what is stored, without a read for them (measure.cuh)
+// Launch: 256 threads, grid-stride, no shared memory; *_measured: one block of 256 threads a run.
+#include "measure.cuh"
+
+__device__ __forceinline__ float add_one(void* out, int out_tag, const void* a, int a_tag, const void* b, int b_tag, u64 i) {
+    return stored(out, i, load(a, i, a_tag) + load(b, i, b_tag), out_tag);
+}
 
 extern "C" __global__ void add(void* out, int out_tag, const void* a, int a_tag, const void* b, int b_tag, u64 n) {
-    for (u64 i = global_thread(); i < n; i += all_threads()) store(out, i, load(a, i, a_tag) + load(b, i, b_tag), out_tag);
+    for (u64 i = global_thread(); i < n; i += all_threads()) add_one(out, out_tag, a, a_tag, b, b_tag, i);
+}
+
+extern "C" __global__ void add_measured(void* out, int out_tag, const void* a, int a_tag, const void* b, int b_tag,
+                                        Partial* partials, const Run* runs, Limits limits) {
+    measured(partials, out, out_tag, runs, limits, [&](u64 i) { return add_one(out, out_tag, a, a_tag, b, b_tag, i); });
 }
 
 extern "C" __global__ void scale(void* out, int out_tag, const void* x, int x_tag, float s, u64 n) {
@@ -39,25 +49,44 @@ extern "C" __global__ void accumulate_units(void* acc, int acc_tag, const void* 
     }
 }
 
+__device__ __forceinline__ float add_scaled_one(void* y, int y_tag, const void* v, int v_tag, float s, u64 i) {
+    return stored(y, i, load(y, i, y_tag) + round_to(load(v, i, v_tag) * s, v_tag), y_tag);
+}
+
 extern "C" __global__ void add_scaled(void* y, int y_tag, const void* v, int v_tag, float s, u64 n) {
-    for (u64 i = global_thread(); i < n; i += all_threads()) {
-        store(y, i, load(y, i, y_tag) + round_to(load(v, i, v_tag) * s, v_tag), y_tag);
+    for (u64 i = global_thread(); i < n; i += all_threads()) add_scaled_one(y, y_tag, v, v_tag, s, i);
+}
+
+extern "C" __global__ void add_scaled_measured(void* y, int y_tag, const void* v, int v_tag, float s, Partial* partials,
+                                               const Run* runs, Limits limits) {
+    measured(partials, y, y_tag, runs, limits, [&](u64 i) { return add_scaled_one(y, y_tag, v, v_tag, s, i); });
+}
+
+__device__ __forceinline__ float add_in_turn_one(void* out, int out_tag, const void* before, const void* term, int term_tag,
+                                                 const void* own, int own_tag, u64 i) {
+    float sum = round_to(load(own, i, own_tag), out_tag);
+    if (term) {
+        float first = round_to(load(term, i, term_tag), out_tag);
+        if (before) first = round_to(load(before, i, out_tag) + first, out_tag);
+        sum = first + sum;
+    } else if (before) {
+        sum = load(before, i, out_tag) + sum;
     }
+    return stored(out, i, sum, out_tag);
 }
 
 extern "C" __global__ void add_in_turn(void* out, int out_tag, const void* before, const void* term, int term_tag,
                                        const void* own, int own_tag, u64 n) {
     for (u64 i = global_thread(); i < n; i += all_threads()) {
-        float sum = round_to(load(own, i, own_tag), out_tag);
-        if (term) {
-            float first = round_to(load(term, i, term_tag), out_tag);
-            if (before) first = round_to(load(before, i, out_tag) + first, out_tag);
-            sum = first + sum;
-        } else if (before) {
-            sum = load(before, i, out_tag) + sum;
-        }
-        store(out, i, sum, out_tag);
+        add_in_turn_one(out, out_tag, before, term, term_tag, own, own_tag, i);
     }
+}
+
+extern "C" __global__ void add_in_turn_measured(void* out, int out_tag, const void* before, const void* term, int term_tag,
+                                                const void* own, int own_tag, Partial* partials, const Run* runs,
+                                                Limits limits) {
+    measured(partials, out, out_tag, runs, limits,
+             [&](u64 i) { return add_in_turn_one(out, out_tag, before, term, term_tag, own, own_tag, i); });
 }
 
 __device__ __forceinline__ u64 mix(u64 z) {

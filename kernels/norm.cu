@@ -6,12 +6,14 @@
 //                mul, rsqrt, mean and pow backward
 // Accumulator: f32, thread-strided, then warp butterfly, then over the warps.
 // Bytes: forward rows·columns·(2·size x (second read hits L1/L2) + size out); backward the same with dy added.
-// Launch: rows blocks; 32…256 threads (a multiple of 32), chosen by columns alone.
-#include "common.cuh"
+// rms_norm_measured: the same, and the statistics of y, without a read for them (measure.cuh).
+// Launch: rows blocks (rms_norm_measured: one a run, which is whole rows); 32…256 threads (a power of two), chosen by
+// columns alone, so that the order of a row's sum is always the same.
+#include "measure.cuh"
 
-extern "C" __global__ void rms_norm(void* y, int out_tag, float* r, const void* x, int x_tag, const void* w, int w_tag,
-                                    u64 columns, float eps) {
-    u64 row = blockIdx.x, first = row * columns;
+// 1/√(mean(x²) + eps) of one row, for every thread.
+__device__ __forceinline__ float inverse_rms(float* r, const void* x, int x_tag, u64 row, u64 columns, float eps) {
+    u64 first = row * columns;
     float sum = 0.0f;
     for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
         float value = load(x, first + c, x_tag);
@@ -19,10 +21,32 @@ extern "C" __global__ void rms_norm(void* y, int out_tag, float* r, const void* 
     }
     float scale = 1.0f / sqrtf(block_sum(sum) / (float)columns + eps);
     if (threadIdx.x == 0) r[row] = scale;
-    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
-        float normed = round_to(load(x, first + c, x_tag) * scale, x_tag);
-        store(y, first + c, load(w, c, w_tag) * normed, out_tag);
+    return scale;
+}
+
+__device__ __forceinline__ float norm_one(void* y, int out_tag, const void* x, int x_tag, const void* w, int w_tag,
+                                          float scale, u64 i, u64 c) {
+    return stored(y, i, load(w, c, w_tag) * round_to(load(x, i, x_tag) * scale, x_tag), out_tag);
+}
+
+extern "C" __global__ void rms_norm(void* y, int out_tag, float* r, const void* x, int x_tag, const void* w, int w_tag,
+                                    u64 columns, float eps) {
+    u64 row = blockIdx.x, first = row * columns;
+    float scale = inverse_rms(r, x, x_tag, row, columns, eps);
+    for (u64 c = threadIdx.x; c < columns; c += blockDim.x) norm_one(y, out_tag, x, x_tag, w, w_tag, scale, first + c, c);
+}
+
+extern "C" __global__ void rms_norm_measured(void* y, int out_tag, float* r, const void* x, int x_tag, const void* w,
+                                             int w_tag, u64 columns, float eps, Partial* partials, const Run* runs,
+                                             Limits limits) {
+    Run run = runs[blockIdx.x];
+    Tally t = empty_tally();
+    for (u64 first = run.begin; first < run.begin + run.count; first += columns) {
+        float scale = inverse_rms(r, x, x_tag, first / columns, columns, eps);
+        tally_run(t, y, out_tag, first, (u32)columns, limits,
+                  [&](u64 i) { return norm_one(y, out_tag, x, x_tag, w, w_tag, scale, i, i - first); });
     }
+    finish(partials + blockIdx.x, t);
 }
 
 extern "C" __global__ void rms_norm_grad(void* dx, const void* dy, int dy_tag, const void* x, int x_tag, const void* w,

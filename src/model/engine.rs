@@ -220,9 +220,10 @@ impl Engine {
                 recorder: &recorder,
             };
             let backward = backward.as_mut().map(|(seeds, gradients)| (&seeds[range], &mut **gradients));
+            let _expecting = recorder.expect(&*self.device, &context.unit_tokens);
             units.extend(run_chunk(&context, backward, recompute)?);
         }
-        Ok(PassOutput { units, measurements: recorder.finish() })
+        Ok(PassOutput { units, measurements: recorder.finish(&*self.device)? })
     }
 
     fn check(&self, batch: &Ragged) -> Result<()> {

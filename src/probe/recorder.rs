@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::Site;
 use crate::Result;
-use crate::device::{DType, Device, Offsets, Statistics, Tensor};
+use crate::device::{DType, Device, Offsets, PendingStatistics, Statistics, Tensor};
 
 /// How closely a pass is measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,22 +35,60 @@ pub struct Measurement {
     pub values: Option<Vec<f32>>,
 }
 
+/// One site of one chunk, its statistics perhaps still being computed.
+#[derive(Debug)]
+struct Pending {
+    site: Site,
+    /// Index of the first unit, where units are told apart.
+    first_unit: Option<usize>,
+    dtype: DType,
+    range: DType,
+    statistics: PendingStatistics,
+    values: Option<Vec<f32>>,
+}
+
 /// Collects [`Measurement`]s in execution order.
 #[derive(Debug, Default)]
 pub struct Recorder {
     probes: Probes,
     range: Option<DType>,
-    measured: RefCell<Vec<Measurement>>,
+    pending: RefCell<Vec<Pending>>,
+}
+
+/// Tells the device what will be measured, until it is dropped.
+pub struct Expecting<'a>(&'a dyn Device);
+
+impl Drop for Expecting<'_> {
+    fn drop(&mut self) {
+        self.0.expect_statistics(None);
+    }
 }
 
 impl Recorder {
     /// `range`: dtype to count against; `None`: each tensor's own.
     pub fn new(probes: Probes, range: Option<DType>) -> Self {
-        Self { probes, range, measured: RefCell::default() }
+        Self { probes, range, pending: RefCell::default() }
     }
 
     pub fn is_off(&self) -> bool {
         self.probes == Probes::Off
+    }
+
+    /// The units that are told apart, of those that `offsets` delimit; `None` when probing is off.
+    fn units(&self, offsets: Offsets<'_>) -> Option<Vec<usize>> {
+        match self.probes {
+            Probes::Off => None,
+            Probes::PerSite | Probes::Values => Some(vec![0, offsets.last().copied().unwrap_or(0)]),
+            Probes::PerUnit => Some(offsets.to_vec()),
+        }
+    }
+
+    /// Announces measurements of tensors whose rows belong to the units that `offsets` delimit.
+    #[must_use]
+    pub fn expect<'a>(&self, device: &'a dyn Device, offsets: Offsets<'_>) -> Option<Expecting<'a>> {
+        let units = self.units(offsets)?;
+        device.expect_statistics(Some((&units, self.range)));
+        Some(Expecting(device))
     }
 
     /// Measures `x`, whose rows belong to the units that `offsets` delimit, of which the first is `first_unit`.
@@ -63,32 +101,35 @@ impl Recorder {
         offsets: Offsets<'_>,
         first_unit: usize,
     ) -> Result<()> {
-        let whole = [0, offsets.last().copied().unwrap_or(0)];
-        let (units, numbered) = match self.probes {
-            Probes::Off => return Ok(()),
-            Probes::PerSite | Probes::Values => (&whole[..], false),
-            Probes::PerUnit => (offsets, true),
-        };
+        let Some(units) = self.units(offsets) else { return Ok(()) };
         let range = self.range.unwrap_or(x.dtype);
-        let all = device.statistics(x, units, range).map_err(|e| e.at(site))?;
+        let statistics = device.queue_statistics(x, &units, range).map_err(|e| e.at(site))?;
         let values = match self.probes {
             Probes::Values => Some(device.download(x)?),
             _ => None,
         };
-        let mut measured = self.measured.borrow_mut();
-        measured.extend(all.into_iter().enumerate().map(|(i, statistics)| Measurement {
-            site,
-            unit: numbered.then_some(first_unit + i),
-            dtype: x.dtype,
-            range,
-            statistics,
-            values: values.clone(),
-        }));
+        let first_unit = (self.probes == Probes::PerUnit).then_some(first_unit);
+        self.pending.borrow_mut().push(Pending { site, first_unit, dtype: x.dtype, range, statistics, values });
         Ok(())
     }
 
     /// Everything measured, in execution order.
-    pub fn finish(self) -> Vec<Measurement> {
-        self.measured.into_inner()
+    ///
+    /// # Errors
+    /// The device failed since.
+    pub fn finish(self, device: &dyn Device) -> Result<Vec<Measurement>> {
+        let mut measured = Vec::new();
+        for Pending { site, first_unit, dtype, range, statistics, values } in self.pending.into_inner() {
+            let all = device.finish_statistics(statistics).map_err(|e| e.at(site))?;
+            measured.extend(all.into_iter().enumerate().map(|(i, statistics)| Measurement {
+                site,
+                unit: first_unit.map(|first| first + i),
+                dtype,
+                range,
+                statistics,
+                values: values.clone(),
+            }));
+        }
+        Ok(measured)
     }
 }

@@ -87,10 +87,17 @@ impl CudaDevice {
         let rows = x.elements() / columns;
         let (y, r) = (self.empty(&x.shape, dtype)?, self.empty(&[rows], DType::F32)?);
         let (from, weight, to, scale) = (self.operand(x)?, self.operand(w)?, self.operand(&y)?, self.operand(&r)?);
-        let launch = self.kernels.launch("rms_norm").tagged(to.address, dtype).value(scale.address);
+        // Norms of single heads have more rows than the pass has tokens and are not measured.
+        let meter = if x.columns() == columns { self.meter(&y, 1)? } else { None };
+        let name = if meter.is_some() { "rms_norm_measured" } else { "rms_norm" };
+        let launch = self.kernels.launch(name).tagged(to.address, dtype).value(scale.address);
         let launch = launch.tagged(from.address, from.dtype).tagged(weight.address, weight.dtype);
-        // SAFETY: norm.cu; shapes were checked.
-        unsafe { launch.value(columns as u64).value(eps).run((narrow(rows, "row count")?, 1), row_threads(columns))? };
+        let (launch, threads) = (launch.value(columns as u64).value(eps), row_threads(columns));
+        // SAFETY: norm.cu; shapes were checked; a measured run is whole rows.
+        match meter {
+            None => unsafe { launch.run((narrow(rows, "row count")?, 1), threads)? },
+            Some(meter) => unsafe { self.make_measured(launch, meter, &[&y], threads)? },
+        }
         Ok((y, r))
     }
 
@@ -134,12 +141,13 @@ impl CudaDevice {
         let out = self.empty(&x.shape, dtype)?;
         let (from, to, places) = (self.operand(x)?, self.operand(&out)?, self.put(positions)?);
         let (cosine, sine) = (self.operand(cos)?, self.operand(sin)?);
-        let launch =
-            self.kernels.launch("rope").tagged(to.address, dtype).tagged(from.address, from.dtype).buffer(&places);
-        let launch = launch.value(cosine.address).tagged(sine.address, sine.dtype).value(n as u64);
+        let meter = self.meter(&out, 1)?;
+        let name = if meter.is_some() { "rope_measured" } else { "rope" };
+        let launch = self.kernels.launch(name).tagged(to.address, dtype).tagged(from.address, from.dtype);
+        let launch = launch.buffer(&places).value(cosine.address).tagged(sine.address, sine.dtype);
         let launch = launch.value(narrow(heads, "head count")?).value(narrow(2 * half, "head_dim")?);
         // SAFETY: rope.cu; shapes and positions were checked.
-        unsafe { launch.value(i32::from(inverse)).run_over(x.elements())? };
+        unsafe { self.make(launch.value(i32::from(inverse)), meter, &[&out], x.elements())? };
         Ok(out)
     }
 
@@ -218,10 +226,11 @@ impl CudaDevice {
         expect(gate.shape == up.shape, "gate", || format!("shapes {:?} and {:?}", gate.shape, up.shape))?;
         let out = self.empty(&gate.shape, gate.dtype)?;
         let (g, u, to, n) = (self.operand(gate)?, self.operand(up)?, self.operand(&out)?, gate.elements());
-        let launch =
-            self.kernels.launch("gate").value(to.address).tagged(g.address, g.dtype).tagged(u.address, u.dtype);
+        let meter = self.meter(&out, 1)?;
+        let name = if meter.is_some() { "gate_measured" } else { "gate" };
+        let launch = self.kernels.launch(name).value(to.address).tagged(g.address, g.dtype).tagged(u.address, u.dtype);
         // SAFETY: gate.cu; all hold n elements.
-        unsafe { launch.value(n as u64).run_over(n)? };
+        unsafe { self.make(launch, meter, &[&out], n)? };
         Ok(out)
     }
 
@@ -232,10 +241,13 @@ impl CudaDevice {
         let (d_gate, d_up) = (self.empty(&gate.shape, gate.dtype)?, self.empty(&up.shape, up.dtype)?);
         let (d, g, u, n) = (self.operand(d_out)?, self.operand(gate)?, self.operand(up)?, gate.elements());
         let (to_gate, to_up) = (self.operand(&d_gate)?, self.operand(&d_up)?);
-        let launch = self.kernels.launch("gate_grad").value(to_gate.address).value(to_up.address);
+        // One table of limits serves both gradients, so they must be of one dtype to be measured here.
+        let meter = if gate.dtype == up.dtype { self.meter(&d_gate, 2)? } else { None };
+        let name = if meter.is_some() { "gate_grad_measured" } else { "gate_grad" };
+        let launch = self.kernels.launch(name).value(to_gate.address).value(to_up.address);
         let launch = launch.tagged(d.address, d.dtype).tagged(g.address, g.dtype).tagged(u.address, u.dtype);
         // SAFETY: gate.cu; all hold n elements.
-        unsafe { launch.value(n as u64).run_over(n)? };
+        unsafe { self.make(launch, meter, &[&d_gate, &d_up], n)? };
         Ok((d_gate, d_up))
     }
 
@@ -265,6 +277,9 @@ impl CudaDevice {
         expect(labels.iter().all(|&l| (l as usize) < vocabulary), "cross_entropy", || {
             format!("label {:?} of {vocabulary}", labels.iter().max())
         })?;
+        if let Storage::Cuda(buffer) = &d_logits.storage {
+            buffer.set_stash(None);
+        }
         let losses = self.bytes(rows * size_of::<f32>())?;
         let (from, to) = (self.operand(logits)?, self.operand(d_logits)?);
         let (targets, seeds) = (self.put(labels)?, self.put(seed)?);

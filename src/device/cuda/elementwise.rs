@@ -92,10 +92,12 @@ impl CudaDevice {
         expect(a.shape == b.shape, "add", || format!("shapes {:?} and {:?}", a.shape, b.shape))?;
         let out = self.empty(&a.shape, dtype)?;
         let (left, right, to, n) = (self.operand(a)?, self.operand(b)?, self.operand(&out)?, a.elements());
-        let launch = self.kernels.launch("add").tagged(to.address, dtype);
+        let meter = self.meter(&out, 1)?;
+        let name = if meter.is_some() { "add_measured" } else { "add" };
+        let launch = self.kernels.launch(name).tagged(to.address, dtype);
         let launch = launch.tagged(left.address, left.dtype).tagged(right.address, right.dtype);
         // SAFETY: elementwise.cu; all hold n elements.
-        unsafe { launch.value(n as u64).run_over(n)? };
+        unsafe { self.make(launch, meter, &[&out], n)? };
         Ok(out)
     }
 

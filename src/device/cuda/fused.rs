@@ -23,9 +23,11 @@ impl CudaDevice {
         let v = self.product(branch.x, branch.w, None, branch.compute, branch.dtype)?;
         expect(y.shape == v.shape, "linear_adapted", || format!("shapes {:?} and {:?}", y.shape, v.shape))?;
         let (at, term, n) = (self.exclusive(&mut y)?, self.operand(&v)?, y.elements());
-        let launch = self.kernels.launch("add_scaled").tagged(at, out).tagged(term.address, term.dtype);
+        let meter = self.meter(&y, 1)?;
+        let name = if meter.is_some() { "add_scaled_measured" } else { "add_scaled" };
+        let launch = self.kernels.launch(name).tagged(at, out).tagged(term.address, term.dtype).value(scaling);
         // SAFETY: elementwise.cu, in place: each element is read before it is written, by one thread. Both hold n.
-        unsafe { launch.value(scaling).value(n as u64).run_over(n)? };
+        unsafe { self.make(launch, meter, &[&y], n)? };
         Ok(y)
     }
 
@@ -66,14 +68,16 @@ impl CudaDevice {
         let [before, term] = held;
         let (before, term) = (before?, term?);
         let to = self.operand(&result)?;
-        let launch = self.kernels.launch("add_in_turn").tagged(to.address, dtype);
+        let meter = self.meter(&result, 1)?;
+        let name = if meter.is_some() { "add_in_turn_measured" } else { "add_in_turn" };
+        let launch = self.kernels.launch(name).tagged(to.address, dtype);
         let launch = launch.value(before.as_ref().map_or(0, |x| x.address));
         let launch = match &term {
             Some(term) => launch.tagged(term.address, term.dtype),
             None => launch.tagged(0, DType::F32),
         };
         // SAFETY: elementwise.cu; all that are given hold n elements, `so_far` in `dtype` (checked).
-        unsafe { launch.tagged(from, out).value(n as u64).run_over(n)? };
+        unsafe { self.make(launch.tagged(from, out), meter, &[&result], n)? };
         Ok(result)
     }
 

@@ -1,14 +1,21 @@
-//! Statistics and norms: the two launches of statistics.cu.
+//! Statistics and norms: the launches of statistics.cu, and what the `*_measured` kernels leave for them.
+//!
+//! A pass that is measured says so beforehand (`expect_statistics`). Kernels that make a tensor with as many rows then
+//! count while its elements are in registers, one partial result a run, and the buffer keeps where those lie
+//! ([`Stash`]); asking for the tensor's statistics only adds them up.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::kernels::{Plain, tag};
+use super::kernels::{Launch, Plain, tag};
 use super::memory::Buffer;
-use super::{CudaDevice, expect_offsets, narrow};
+use super::{CudaDevice, expect_offsets, lock, narrow};
 use crate::Result;
-use crate::device::{DType, Norm, Statistics, Tensor};
+use crate::device::{DType, Norm, Offsets, Statistics, Storage, Tensor};
 
-/// Elements a chunk, one block's work: 64 a thread, so that the f64 operations at its end weigh nothing.
+/// Elements a chunk or run, one block's work: 64 a thread, so that adding up its threads weighs little.
 const CHUNK: usize = 256 * 64;
 
 /// `struct Chunk` of statistics.cu.
@@ -20,7 +27,16 @@ struct Chunk {
     tag: u32,
 }
 
-/// `struct Partial` of statistics.cu.
+/// `struct Run` of measure.cuh.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Run {
+    begin: u64,
+    count: u32,
+    unused: u32,
+}
+
+/// `struct Partial` of measure.cuh.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Partial {
@@ -37,7 +53,7 @@ struct Partial {
     min_abs: f32,
 }
 
-/// `struct Limits` of statistics.cu.
+/// `struct Limits` of measure.cuh.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Limits {
@@ -45,7 +61,7 @@ struct Limits {
     rounds_to_zero: f32,
     rounds_to_inf: f32,
 }
-// SAFETY: three floats, the same as in statistics.cu.
+// SAFETY: three floats, the same as in measure.cuh.
 unsafe impl Plain for Limits {}
 
 impl Limits {
@@ -70,13 +86,150 @@ impl Limits {
 pub struct Measured {
     /// One [`Partial`] a unit.
     results: Buffer,
-    count: usize,
+    /// Elements of each unit.
+    elements: Vec<u64>,
+}
+
+/// What a measured pass asks for: see [`crate::device::Device::expect_statistics`].
+#[derive(Debug)]
+pub(super) struct Expected {
+    units: Vec<usize>,
+    target: Option<DType>,
+    /// By columns: a pass makes many tensors of few widths.
+    tables: Mutex<HashMap<usize, Table>>,
+}
+
+/// The runs of a tensor of one width, on the device.
+#[derive(Debug, Clone)]
+struct Table {
+    runs: Buffer,
+    count: u32,
+    /// Of each unit's runs, and the end.
+    begins: Buffer,
+}
+
+/// Partial results of a tensor's runs, kept by its buffer.
+#[derive(Debug, Clone)]
+pub(super) struct Stash {
+    expected: Arc<Expected>,
+    columns: usize,
+    target: DType,
+    /// Of this tensor's first partial, in a buffer that is kept alive with it.
+    address: u64,
+    _partials: Buffer,
+    begins: Buffer,
+}
+
+/// A measured launch in preparation.
+pub(super) struct Meter {
+    expected: Arc<Expected>,
+    table: Table,
+    partials: Buffer,
+}
+
+/// What is measured, and how exactly.
+#[derive(Clone, Copy)]
+pub(super) enum How {
+    /// Counted against the range of a dtype.
+    Against(DType),
+    /// Squares of x · factor, for norms.
+    Norm(f32),
 }
 
 impl CudaDevice {
-    /// Queues the measurement of every unit of every tensor in two launches; values are round(x · factor).
-    pub(super) fn queue(&self, parts: &[(&Tensor, &[usize])], target: DType, factor: f32) -> Result<Measured> {
-        let (mut chunks, mut begins, mut held) = (Vec::new(), vec![0u32], Vec::new());
+    pub(super) fn expect(&self, of: Option<(Offsets<'_>, Option<DType>)>) {
+        let expected = of.map(|(units, target)| Expected { units: units.to_vec(), target, tables: Mutex::default() });
+        *lock(&self.expected) = expected.map(Arc::new);
+    }
+
+    /// Room for the partial results of `tensors` tensors like `x` made by one kernel, if such are to be measured.
+    pub(super) fn meter(&self, x: &Tensor, tensors: usize) -> Result<Option<Meter>> {
+        let Some(expected) = lock(&self.expected).clone() else { return Ok(None) };
+        let columns = x.columns();
+        if expected.units.last() != Some(&x.rows()) || x.elements() == 0 || u32::try_from(columns).is_err() {
+            return Ok(None);
+        }
+        let known = lock(&expected.tables).get(&columns).cloned();
+        let table = match known {
+            Some(table) => table,
+            None => {
+                let table = self.table(&expected.units, columns)?;
+                lock(&expected.tables).insert(columns, table.clone());
+                table
+            }
+        };
+        let partials = self.bytes(tensors * table.count as usize * size_of::<Partial>())?;
+        Ok(Some(Meter { expected, table, partials }))
+    }
+
+    /// Whole rows, about [`CHUNK`] elements a run.
+    fn table(&self, units: &[usize], columns: usize) -> Result<Table> {
+        let rows_a_run = (CHUNK / columns).max(1);
+        let (mut runs, mut begins) = (Vec::new(), vec![0u32]);
+        for unit in units.windows(2) {
+            runs.extend((unit[0]..unit[1]).step_by(rows_a_run).map(|row| {
+                let rows = rows_a_run.min(unit[1] - row);
+                Run { begin: (row * columns) as u64, count: (rows * columns) as u32, unused: 0 }
+            }));
+            begins.push(narrow(runs.len(), "run count")?);
+        }
+        Ok(Table { count: narrow(runs.len(), "run count")?, runs: self.put(&runs)?, begins: self.put(&begins)? })
+    }
+
+    /// Ends and queues a launch whose last parameters are n, or partials, runs and limits where it is measured.
+    ///
+    /// # Safety
+    /// As [`Launch::run_over`] or, with a meter, [`Launch::run`] of the kernel's `_measured` twin; `outs` are the
+    /// tensors it makes, in the order of their partials.
+    pub(super) unsafe fn make(
+        &self,
+        launch: Launch<'_>,
+        meter: Option<Meter>,
+        outs: &[&Tensor],
+        n: usize,
+    ) -> Result<()> {
+        match meter {
+            // SAFETY: the caller's promise.
+            None => unsafe { launch.value(n as u64).run_over(n) },
+            // SAFETY: the caller's promise; runs lie inside the tensors, one block a run.
+            Some(meter) => unsafe { self.make_measured(launch, meter, outs, 256) },
+        }
+    }
+
+    /// The measured half of [`Self::make`].
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn make_measured(
+        &self,
+        launch: Launch<'_>,
+        meter: Meter,
+        outs: &[&Tensor],
+        threads: u32,
+    ) -> Result<()> {
+        let Meter { expected, table, partials } = meter;
+        let Some(dtype) = outs.first().map(|x| x.dtype) else { return Ok(()) };
+        let target = expected.target.unwrap_or(dtype);
+        let launch = launch.buffer(&partials).buffer(&table.runs).value(Limits::of(target));
+        // SAFETY: the caller's promise.
+        unsafe { launch.run((table.count, 1), threads)? };
+        for (i, out) in outs.iter().enumerate() {
+            let Storage::Cuda(buffer) = &out.storage else { continue };
+            buffer.set_stash(Some(Stash {
+                expected: expected.clone(),
+                columns: out.columns(),
+                target,
+                address: partials.address() + (i * table.count as usize * size_of::<Partial>()) as u64,
+                _partials: partials.clone(),
+                begins: table.begins.clone(),
+            }));
+        }
+        Ok(())
+    }
+
+    /// Queues the measurement of every unit of every tensor in two launches.
+    pub(super) fn queue(&self, parts: &[(&Tensor, &[usize])], how: How) -> Result<Measured> {
+        let (mut chunks, mut begins, mut held, mut elements) = (Vec::new(), vec![0u32], Vec::new(), Vec::new());
         for (x, units) in parts {
             expect_offsets(units, x.rows(), "statistics")?;
             let place = self.operand(x)?;
@@ -88,38 +241,60 @@ impl CudaDevice {
                     tag: tag(x.dtype) as u32,
                 }));
                 begins.push(narrow(chunks.len(), "chunk count")?);
+                elements.push((end - begin) as u64);
             }
             held.push(place);
         }
-        let count = begins.len() - 1;
         let (table, borders) = (self.put(&chunks)?, self.put(&begins)?);
         let parts = self.bytes(chunks.len() * size_of::<Partial>())?;
-        let results = self.bytes(count * size_of::<Partial>())?;
-        let launch = self.kernels.launch("statistics_partials").buffer(&parts).buffer(&table);
-        let launch = launch.value(Limits::of(target)).value(factor);
+        let launch = |name| self.kernels.launch(name).buffer(&parts).buffer(&table);
+        let launch = match how {
+            How::Against(target) => launch("statistics_partials").value(Limits::of(target)),
+            How::Norm(factor) => launch("norms_partials").value(Limits::of(DType::F32)).value(factor),
+        };
         // SAFETY: statistics.cu; chunks lie inside their tensors, one block a chunk.
         unsafe { launch.run((narrow(chunks.len(), "chunk count")?, 1), 256)? };
-        let launch = self.kernels.launch("statistics_combine").buffer(&results).buffer(&parts).buffer(&borders);
-        // SAFETY: statistics.cu; one block a unit.
-        unsafe { launch.run((narrow(count, "unit count")?, 1), 32)? };
-        Ok(Measured { results, count })
+        self.combine(parts.address(), &borders, elements)
     }
 
-    pub(super) fn measure(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Statistics>> {
-        let measured = self.queue(&[(x, units)], target, 1.0)?;
-        let partials: Vec<Partial> = self.get(&measured.results, measured.count)?;
-        let elements = units.windows(2).map(|unit| ((unit[1] - unit[0]) * x.columns()) as u64);
-        Ok(partials.iter().zip(elements).map(|(p, elements)| p.statistics(elements)).collect())
+    /// Queues adding up each unit's partial results.
+    fn combine(&self, partials: u64, begins: &Buffer, elements: Vec<u64>) -> Result<Measured> {
+        let results = self.bytes(elements.len() * size_of::<Partial>())?;
+        let launch = self.kernels.launch("statistics_combine").buffer(&results).value(partials).buffer(begins);
+        // SAFETY: statistics.cu; one block a unit, whose partials lie between two of `begins`. The partials' buffer was
+        // alive until now, and what reuses its memory is queued behind.
+        unsafe { launch.run((narrow(elements.len(), "unit count")?, 1), 32)? };
+        Ok(Measured { results, elements })
+    }
+
+    /// Statistics of units of rows: those the kernel that made x left, or a pass of their own.
+    pub(super) fn queue_measure(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Measured> {
+        let stash = match &x.storage {
+            Storage::Cuda(buffer) => buffer.stash(),
+            Storage::Cpu(_) | Storage::Mapped(_) => None,
+        };
+        match stash {
+            Some(s) if s.target == target && s.expected.units == units && s.columns == x.columns() => {
+                let elements = units.windows(2).map(|unit| ((unit[1] - unit[0]) * x.columns()) as u64).collect();
+                self.combine(s.address, &s.begins, elements)
+            }
+            _ => self.queue(&[(x, units)], How::Against(target)),
+        }
+    }
+
+    pub(super) fn statistics_measured(&self, measured: &Measured) -> Result<Vec<Statistics>> {
+        let partials: Vec<Partial> = self.get(&measured.results, measured.elements.len())?;
+        Ok(partials.iter().zip(&measured.elements).map(|(p, &elements)| p.statistics(elements)).collect())
     }
 
     pub(super) fn norms_measured(&self, measured: &Measured) -> Result<Vec<Norm>> {
-        Ok(self.get::<Partial>(&measured.results, measured.count)?.iter().map(Partial::norm).collect())
+        Ok(self.get::<Partial>(&measured.results, measured.elements.len())?.iter().map(Partial::norm).collect())
     }
 
     pub(super) fn norms_of_all(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
         let whole: Vec<[usize; 2]> = tensors.iter().map(|x| [0, x.rows()]).collect();
         let parts: Vec<(&Tensor, &[usize])> = tensors.iter().zip(&whole).map(|(x, units)| (x, &units[..])).collect();
-        self.norms_measured(&self.queue(&parts, DType::F32, factor)?)
+        self.norms_measured(&self.queue(&parts, How::Norm(factor))?)
     }
 }
 

@@ -5,11 +5,14 @@
 //! shapes, so the pool finds a buffer nearly always and cuMemAlloc (which may wait for the device) is rare.
 //! SPIKEPROBE_CUDA_POOL=off gives every buffer an allocation of its own size, so that compute-sanitizer and the
 //! emulator see its true bounds.
+//!
+//! A buffer also carries what the kernel that filled it measured on the way; writing to it forgets that.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Driver;
+use super::measure::Stash;
 use crate::{Error, Result};
 
 /// Bytes on the device; the memory returns to the pool with the last clone.
@@ -21,6 +24,7 @@ struct Block {
     address: u64,
     bytes: usize,
     memory: Arc<Memory>,
+    stash: Mutex<Option<Stash>>,
 }
 
 impl Drop for Block {
@@ -36,6 +40,13 @@ impl Buffer {
     /// Whether nobody else can see changes made in place.
     pub fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.0).is_some()
+    }
+    /// What was measured of the contents, `None` once they are written again.
+    pub(super) fn set_stash(&self, stash: Option<Stash>) {
+        *self.0.stash.lock().unwrap_or_else(PoisonError::into_inner) = stash;
+    }
+    pub(super) fn stash(&self) -> Option<Stash> {
+        self.0.stash.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -77,7 +88,8 @@ impl Memory {
         loop {
             if let Some(address) = self.take(size)? {
                 self.state().used_bytes += size;
-                return Ok(Buffer(Arc::new(Block { address, bytes: size, memory: self.clone() })));
+                let (memory, stash) = (self.clone(), Mutex::default());
+                return Ok(Buffer(Arc::new(Block { address, bytes: size, memory, stash })));
             }
             if !self.trim() && !make_room() {
                 return Err(self.exhausted(bytes));

@@ -23,8 +23,8 @@ pub use measure::Measured;
 pub use memory::Buffer;
 
 use super::{
-    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, Statistics, Storage, Tensor,
-    Update, UpdateRule,
+    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, PendingStatistics, Statistics,
+    Storage, Tensor, Update, UpdateRule,
 };
 use crate::{Error, Result};
 
@@ -36,6 +36,8 @@ pub struct CudaDevice {
     kernels: kernels::Kernels,
     weights: Mutex<weights::Weights>,
     staging: Mutex<transfer::Staging>,
+    /// What the pass that is under way will be asked to measure.
+    expected: Mutex<Option<Arc<measure::Expected>>>,
     memory: Arc<memory::Memory>,
     driver: Arc<driver::Driver>,
 }
@@ -52,7 +54,7 @@ impl CudaDevice {
         let kernels = kernels::Kernels::load(driver.clone())?;
         let weights = Mutex::new(weights::Weights::new(memory.clone())?);
         let staging = Mutex::new(transfer::Staging::new(driver.clone(), driver.compute));
-        Ok(Self { blas, kernels, weights, staging, memory, driver })
+        Ok(Self { blas, kernels, weights, staging, expected: Mutex::default(), memory, driver })
     }
 
     /// Waits for all queued work; failures of earlier kernels surface here.
@@ -121,6 +123,7 @@ impl CudaDevice {
         if !buffer.is_unique() {
             *buffer = self.duplicate(buffer, bytes)?;
         }
+        buffer.set_stash(None);
         Ok(buffer.address())
     }
 }
@@ -338,13 +341,25 @@ impl Device for CudaDevice {
     }
 
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>> {
-        self.measure(x, units, target)
+        self.statistics_measured(&self.queue_measure(x, units, target)?)
+    }
+    fn queue_statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<PendingStatistics> {
+        Ok(PendingStatistics::Cuda(self.queue_measure(x, units, target)?))
+    }
+    fn finish_statistics(&self, pending: PendingStatistics) -> Result<Vec<Statistics>> {
+        match pending {
+            PendingStatistics::Ready(statistics) => Ok(statistics),
+            PendingStatistics::Cuda(measured) => self.statistics_measured(&measured),
+        }
+    }
+    fn expect_statistics(&self, of: Option<(Offsets<'_>, Option<DType>)>) {
+        self.expect(of);
     }
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<Norm>> {
         self.finish_norms(self.queue_norms(x, units)?)
     }
     fn queue_norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<PendingNorms> {
-        Ok(PendingNorms::Cuda(self.queue(&[(x, units)], x.dtype, 1.0)?))
+        Ok(PendingNorms::Cuda(self.queue(&[(x, units)], measure::How::Norm(1.0))?))
     }
     fn finish_norms(&self, pending: PendingNorms) -> Result<Vec<Norm>> {
         match pending {
