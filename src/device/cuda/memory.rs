@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Driver;
-use super::measure::Stash;
+use super::meter::Stash;
 use crate::{Error, Result};
 
 /// Bytes on the device; the memory returns to the pool with the last clone.

@@ -12,6 +12,7 @@ mod fused;
 mod kernels;
 mod measure;
 mod memory;
+mod meter;
 mod products;
 mod transfer;
 mod update;
@@ -37,7 +38,7 @@ pub struct CudaDevice {
     weights: Mutex<weights::Weights>,
     staging: Mutex<transfer::Staging>,
     /// What the pass that is under way will be asked to measure.
-    expected: Mutex<Option<Arc<measure::Expected>>>,
+    expected: Mutex<Option<Arc<meter::Expected>>>,
     memory: Arc<memory::Memory>,
     driver: Arc<driver::Driver>,
 }
