@@ -1,4 +1,4 @@
-//! Ctrl-C: one flag, set by the signal, read between windows.
+//! Ctrl-C, and the SIGTERM by which a scheduler ends a job: one flag, set by the signal, read between windows.
 //!
 //! Owns the flag. Long loops call [`check`] where stopping leaves everything whole; nothing is torn down mid-step.
 
@@ -8,7 +8,7 @@ use crate::{Error, Result};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Catches Ctrl-C from here on: the first sets the flag, a second one stops at once with exit code 130.
+/// Catches Ctrl-C (and SIGTERM, SIGHUP) from here on: the first sets the flag, a second one stops at once with exit code 130.
 ///
 /// # Errors
 /// When the system refuses the handler; the program still works, Ctrl-C then kills it as usual.

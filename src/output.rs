@@ -47,7 +47,9 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
         fill(&mut whole).map_err(placed)?;
         return device.write_all(&whole).map_err(|e| failed("cannot write", e));
     }
-    let folder = match path.parent() {
+    // What a link points to is replaced, not the link; a link to nothing yet is one like any new file.
+    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let folder = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
@@ -64,7 +66,7 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
     fill(&mut buffered).map_err(placed)?;
     let file = buffered.into_inner().map_err(|e| failed("cannot write", e.into_error()))?;
     file.as_file().sync_all().map_err(|e| failed("cannot write", e))?;
-    file.persist(path).map_err(|e| failed("cannot put in place", e.error))?;
+    file.persist(&target).map_err(|e| failed("cannot put in place", e.error))?;
     Ok(())
 }
 

@@ -135,32 +135,43 @@ fn a_full_disk_is_named_and_a_device_stays_a_device() {
 
 #[test]
 #[cfg(unix)]
-fn ctrl_c_keeps_what_is_done_and_exits_with_130() {
+fn ctrl_c_and_a_scheduler_keep_what_is_done_and_exit_with_130() {
+    for signal in ["-INT", "-TERM"] {
+        let folder = tempfile::tempdir().expect("folder");
+        let json = folder.path().join("out.json");
+        // More siblings than anybody waits for.
+        let child = program()
+            .args(["replay", RUN, "--envelope", "100000", "--json", json.to_str().expect("path")])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("start");
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill");
+        assert!(killed.success());
+        let done = child.wait_with_output().expect("end");
+        assert_eq!(done.status.code(), Some(130), "{}", text(&done.stderr));
+        // On a slow machine not even the first step was done.
+        if json.exists() {
+            let value: Value = serde_json::from_str(&std::fs::read_to_string(&json).expect("json")).expect("whole");
+            assert_eq!(value["interrupted"], true);
+        }
+        let left: Vec<_> = std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect();
+        assert!(left.iter().all(|p| p.as_path() == Path::new(&json)), "{left:?}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_result_written_through_a_link_leaves_the_link() {
     let folder = tempfile::tempdir().expect("folder");
-    let json = folder.path().join("out.json");
-    let child = program()
-        .args(["replay", RUN, "--json", json.to_str().expect("path")])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("start");
-    // Long enough for a step, far too short for all 24.
-    std::thread::sleep(std::time::Duration::from_millis(1500));
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
-    assert!(killed.success());
-    let done = child.wait_with_output().expect("end");
-    // A machine so fast that everything was done before the signal proves nothing, but is no failure.
-    if done.status.success() {
-        eprintln!("skipped: the replay ended before the signal");
-        return;
-    }
-    assert_eq!(done.status.code(), Some(130), "{}", text(&done.stderr));
-    if json.exists() {
-        let value: Value = serde_json::from_str(&std::fs::read_to_string(&json).expect("json")).expect("whole");
-        assert_eq!(value["interrupted"], true);
-    }
-    let left: Vec<_> = std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect();
-    assert!(left.iter().all(|p| p.as_path() == Path::new(&json)), "{left:?}");
+    let (file, link) = (folder.path().join("real.json"), folder.path().join("link.json"));
+    std::fs::write(&file, "old").expect("write");
+    std::os::unix::fs::symlink(&file, &link).expect("link");
+    let done = output(&["replay", RUN, "--to", "1", "--json", link.to_str().expect("path")]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(std::fs::symlink_metadata(&link).expect("link").is_symlink());
+    assert!(std::fs::read_to_string(&file).expect("file").contains("spikeprobe.replay/1"));
 }
 
 #[test]

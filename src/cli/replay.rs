@@ -104,17 +104,20 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     }
     let mut recorder = Recorder::new(common, &replayer, args, to);
     let outcome = replayer.replay(&args.from, to, &interventions, &mut recorder);
-    let (trace, cut) = match outcome {
+    let (trace, mut cut) = match outcome {
         Ok(trace) => (trace, None),
         Err(e) if e.kind == error::Kind::Interrupted && !recorder.steps.is_empty() => {
             (Trace { start: args.from.clone(), steps: std::mem::take(&mut recorder.steps) }, Some(e))
         }
         Err(e) => return Err(e),
     };
-    let perturbed = match cut {
-        None => args.perturbed(&replayer, to, &interventions)?,
-        Some(_) => Vec::new(),
-    };
+    let mut perturbed = Vec::new();
+    if cut.is_none() {
+        match args.perturbed(&replayer, to, &interventions, &mut perturbed) {
+            Err(e) if e.kind == error::Kind::Interrupted => cut = Some(e),
+            other => other?,
+        }
+    }
     recorder.finish()?;
     let scene = replayer.scene_for(&interventions)?;
     let floor = Envelope::floor(scene.engine.plan());
@@ -171,17 +174,22 @@ impl Args {
 
     /// Siblings that honest arithmetic could have made: half an ulp of noise before every block, and the terms of every
     /// product of activations with weights added in another order, as another kernel would.
-    fn perturbed(&self, replayer: &Replayer, to: u64, interventions: &[Intervention]) -> Result<Vec<Trace>> {
-        (1..=self.envelope)
-            .map(|seed| {
-                let seed = self.perturb.unwrap_or(0).wrapping_mul(1000) + seed;
-                let mut noisy = interventions.to_vec();
-                // Of a run with dropout the masks are unknown too: each sibling draws its own (contract 10).
-                noisy.extend([Intervention::Dropout { seed }, Intervention::Perturb { seed }]);
-                let sibling = replayer.watched(Arc::new(Reorder { seed }))?;
-                sibling.replay(&self.from, to, &noisy, &mut crate::replay::Silent)
-            })
-            .collect()
+    fn perturbed(
+        &self,
+        replayer: &Replayer,
+        to: u64,
+        interventions: &[Intervention],
+        siblings: &mut Vec<Trace>,
+    ) -> Result<()> {
+        for seed in 1..=self.envelope {
+            let seed = self.perturb.unwrap_or(0).wrapping_mul(1000) + seed;
+            let mut noisy = interventions.to_vec();
+            // Of a run with dropout the masks are unknown too: each sibling draws its own (contract 10).
+            noisy.extend([Intervention::Dropout { seed }, Intervention::Perturb { seed }]);
+            let sibling = replayer.watched(Arc::new(Reorder { seed }))?;
+            siblings.push(sibling.replay(&self.from, to, &noisy, &mut crate::replay::Silent)?);
+        }
+        Ok(())
     }
 }
 
