@@ -35,7 +35,7 @@ pub struct Args {
 /// What is wanted of a diagnosis; shared with `demo`.
 #[derive(Debug, ClapArgs)]
 pub struct Wanted {
-    /// Explain the spike at this step instead of the highest.
+    /// Explain the spike at this step instead of the largest.
     #[arg(long, value_name = "STEP")]
     pub spike: Option<u64>,
     /// Write the report as one HTML file.

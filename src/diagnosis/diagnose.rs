@@ -1,4 +1,4 @@
-//! The whole diagnosis: spikes of the log, the highest one in full, the others as far as the budget goes, the fix.
+//! The whole diagnosis: spikes of the log, the largest one in full, the others as far as the budget goes, the fix.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +11,7 @@ use super::{Cost, Experiment, Fix, SpikeKind, Verdict, departure, fix, mechanism
 use crate::error::Kind;
 use crate::probe::Measurement;
 use crate::replay::{Start, StepRecord};
+use crate::run::LogRow;
 use crate::{Error, Result};
 
 /// What the user asked for.
@@ -25,7 +26,7 @@ pub struct Options {
     pub vocab_size: Option<usize>,
 }
 
-/// Spikes beyond the highest that are looked into.
+/// Spikes beyond the largest that are looked into.
 const OTHERS: usize = 6;
 /// Steps replayed for the certificate of a log without spikes.
 const CERTIFIED: u64 = 8;
@@ -34,7 +35,7 @@ const CERTIFIED: u64 = 8;
 #[derive(Debug)]
 pub struct Answer {
     pub diagnosis: Diagnosis,
-    /// The unchanged replay around the highest spike.
+    /// The unchanged replay around the largest spike.
     pub baseline: Vec<StepRecord>,
     /// Every site at the spike's step.
     pub measured: Vec<Measurement>,
@@ -47,7 +48,7 @@ pub struct Answer {
 pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Options) -> Result<Answer> {
     let mut budget = Budget::new(options.windows, options.seconds);
     let mut found = detect::spikes(&subject.rows, &subject.context(options.vocab_size));
-    rank(&mut found, options.spike);
+    rank(&mut found, &subject.rows, options.spike);
     if let (true, Some(step)) = (found.is_empty(), options.spike) {
         found.extend(asked_for(subject, step));
     }
@@ -76,11 +77,12 @@ pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Optio
     assemble(subject, lab, &found, looked_into, &mut budget)
 }
 
-/// Highest first, explosions of the gradient norm alone after everything that shows in the loss; the spike that was
-/// asked for before all.
-fn rank(found: &mut [Found], asked: Option<u64>) {
+/// Largest first, explosions of the gradient norm alone after everything that shows in the loss; the spike
+/// that was asked for before all.
+fn rank(found: &mut [Found], rows: &[LogRow], asked: Option<u64>) {
     let gradient = |f: &Found| f.kind == SpikeKind::GradientExplosion;
-    found.sort_by(|a, b| gradient(a).cmp(&gradient(b)).then(b.height.total_cmp(&a.height)).then(a.step.cmp(&b.step)));
+    let size = |f: &Found| height::size(rows, f);
+    found.sort_by(|a, b| gradient(a).cmp(&gradient(b)).then(size(b).total_cmp(&size(a))).then(a.step.cmp(&b.step)));
     if let Some(step) = asked {
         let away = |f: &Found| if step < f.step { f.step - step } else { step.saturating_sub(f.until) };
         found.sort_by_key(away);

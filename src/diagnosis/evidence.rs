@@ -29,6 +29,8 @@ pub struct Evidence {
     pub fault: Option<Fault>,
     /// A change more specific than every sufficient one that the windows did not suffice for.
     pub unaffordable: Option<String>,
+    /// Nothing but the cause of a larger spike was tried.
+    pub only: Option<Cause>,
     /// The later loss is as high as if the spike had left damage.
     pub harmful: bool,
 }

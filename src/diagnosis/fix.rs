@@ -9,7 +9,7 @@ use super::diagnose::{proof, proof_end};
 use super::height::{self, Point};
 use super::investigate::{Budget, Investigation};
 use super::laboratory::{Laboratory, Subject};
-use super::{Cause, CurvePoint, Experiment, Fix, RowBlame};
+use super::{Cause, CurvePoint, Experiment, Fix, RowBlame, plan};
 use crate::Result;
 use crate::error::Kind;
 use crate::replay::{Intervention, Start, Trace};
@@ -28,19 +28,28 @@ pub fn prove(
     rows: &[RowBlame],
     budget: &mut Budget,
 ) -> Result<Option<Fix>> {
-    let Some((start, interventions, changes, note)) = change(subject, investigation, cause, rows) else {
-        return Ok(None);
+    // The rate held is what an experiment can afford; what a user would write is the schedule without its restarts.
+    let written = match cause {
+        Cause::Schedule => plan::one_cosine(subject),
+        _ => None,
     };
-    let trace = match lab.replay(&start, proof_end(subject, found.step), &interventions) {
-        Err(error) if error.kind == Kind::Interrupted => return Err(error),
-        Err(_) => return Ok(None),
-        Ok(trace) => trace,
-    };
-    let acts = interventions.iter().find_map(|i| if let Intervention::After(step) = i { Some(*step) } else { None });
-    budget.proof += trace.steps.iter().filter(|r| acts.is_none_or(|step| r.step > step)).count() as u64;
-    let experiment = measured(subject, found, &trace);
-    let removed = experiment.height <= 0.5 * investigation.evidence.reference_height();
-    Ok(removed.then(|| proof(&experiment, changes, note)))
+    let written = written.map(|p| (Start::Initial, p.interventions, p.changes, None));
+    for (start, interventions, changes, note) in written.into_iter().chain(change(subject, investigation, cause, rows))
+    {
+        let trace = match lab.replay(&start, proof_end(subject, found.step), &interventions) {
+            Err(error) if error.kind == Kind::Interrupted => return Err(error),
+            Err(_) => continue,
+            Ok(trace) => trace,
+        };
+        let acts =
+            interventions.iter().find_map(|i| if let Intervention::After(step) = i { Some(*step) } else { None });
+        budget.proof += trace.steps.iter().filter(|r| acts.is_none_or(|step| r.step > step)).count() as u64;
+        let experiment = measured(subject, found, &trace);
+        if experiment.height <= 0.5 * investigation.evidence.reference_height() {
+            return Ok(Some(proof(&experiment, changes, note)));
+        }
+    }
+    Ok(None)
 }
 
 type Change = (Start, Vec<Intervention>, BTreeMap<String, Value>, Option<String>);

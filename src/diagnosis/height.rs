@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use super::SpikeKind;
-use super::detect::{self, MAX_HEIGHT};
+use super::detect::{self, Found, MAX_HEIGHT};
 use crate::replay::StepRecord;
 use crate::run::LogRow;
 
@@ -82,6 +82,21 @@ fn point_height(kind: SpikeKind, before: &[Point], point: &Point) -> f64 {
             losses.reduce(f64::min).map_or(0.0, |base| detect::height(point.loss, base))
         }
     }
+}
+
+/// How large an episode looks to a reader of the curve: halfway between how sharply it rose ([`Found::height`]) and how
+/// far, its highest loss over the lowest of the [`RECENT`] rows before it. A rise in many small steps counts, and so
+/// does a jump to a lower height.
+pub fn size(rows: &[LogRow], found: &Found) -> f64 {
+    if !matches!(found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
+        return found.height;
+    }
+    let usable = |row: &LogRow| row.loss.filter(|loss| loss.is_finite() && *loss > 0.0);
+    let before = rows[..found.index].iter().rev().filter_map(usable).take(RECENT).reduce(f64::min);
+    let within = rows[found.index..].iter().take_while(|row| row.step <= found.until);
+    let peak = within.filter_map(usable).reduce(f64::max);
+    let far = before.zip(peak).map_or(found.height, |(before, peak)| detect::height(peak, before));
+    (found.height + far) / 2.0
 }
 
 /// The later loss does not come back to what it was before: `before` the spike, `after` its last step.

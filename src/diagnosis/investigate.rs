@@ -87,7 +87,7 @@ pub(super) struct Bench<'a, 'r> {
     pub(super) out: Investigation,
 }
 
-/// Everything that can be known about one spike. `only`: the cause of a higher spike of the same run; nothing else
+/// Everything that can be known about one spike. `only`: the cause of a larger spike of the same run; nothing else
 /// is tried then.
 ///
 /// # Errors
@@ -105,7 +105,7 @@ pub fn investigate(
     // The nearest state from which one step before the spike can still be compared: every further step adds chaos.
     let near = starts.iter().find(|s| step_of(s) + 2 <= onset).or(starts.last()).cloned().unwrap_or(Start::Initial);
     let to = (found.step + PAST).min(subject.last_step().max(found.step));
-    let out = empty(subject, found);
+    let out = empty(subject, found, only);
     let mut bench = Bench { subject, lab, budget, found: *found, only, turbulent: false, starts, near, onset, to, out };
     match bench.run() {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
@@ -115,7 +115,7 @@ pub fn investigate(
     Ok(bench.out)
 }
 
-fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
+fn empty(subject: &Subject<'_>, found: &Found, only: Option<Cause>) -> Investigation {
     let before = if found.kind == SpikeKind::GradientExplosion {
         subject.points.iter().rev().find(|p| p.step < found.step).map(|p| p.loss)
     } else {
@@ -140,6 +140,7 @@ fn empty(subject: &Subject<'_>, found: &Found) -> Investigation {
         rows: Vec::new(),
         fault: None,
         unaffordable: None,
+        only,
         harmful: height::harmful(&subject.points, found.step, found.until, before),
     };
     Investigation {

@@ -279,12 +279,23 @@ fn schedule(subject: &Subject<'_>, situation: &Situation<'_>) -> Option<Proposal
     let logged: Vec<(u64, f64)> = subject.rows.iter().filter_map(|r| Some((r.step, r.learning_rate?))).collect();
     let at = schedule_jump(situation.baseline, &logged, situation.step)?.step;
     let resumed = subject.run.attempts.iter().filter_map(|a| a.resumed_from).any(|from| at > from && at <= from + 2);
-    if !resumed && subject.run.config.lr_scheduler_type.contains("restarts") {
-        let change = vec![set("lr_scheduler_type", json!("cosine"))];
-        let name = "one cosine without restarts".to_string();
-        return Some(proposal(Cause::Schedule, name, "lr_scheduler_type", json!("cosine"), change, From::Initial));
+    one_cosine(subject).filter(|_| !resumed).or_else(|| held(subject, situation))
+}
+
+/// A schedule that restarts, without its restarts. Its number of cycles would make plain cosine rise again, too
+/// (transformers' get_cosine_schedule_with_warmup takes num_cycles waves).
+pub fn one_cosine(subject: &Subject<'_>) -> Option<Proposal> {
+    let config = &subject.run.config;
+    if !config.lr_scheduler_type.contains("restarts") {
+        return None;
     }
-    held(subject, situation)
+    let mut changes = BTreeMap::from([("lr_scheduler_type".to_string(), json!("cosine"))]);
+    if !config.lr_scheduler_kwargs.is_empty() {
+        changes.insert("lr_scheduler_kwargs".to_string(), json!({}));
+    }
+    let interventions = changes.iter().map(|(key, value)| set(key, value.clone())).collect();
+    let name = "one cosine without restarts".to_string();
+    Some(Proposal { cause: Cause::Schedule, name, changes, interventions, from: From::Initial })
 }
 
 /// The learning rate held at what it was before its last jump. A schedule that had ended was at zero, where nothing

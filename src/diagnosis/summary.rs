@@ -116,6 +116,10 @@ fn undetermined(evidence: &Evidence, _confidence: Confidence) -> String {
             "The replay does not show the spike of step {step}, and small perturbations decide whether it comes. Save \
              checkpoints closer to it, or replay on the device that trained."
         ),
+        _ if evidence.only.is_some() => format!(
+            "What explains the largest spike does not explain the one of step {step}, and nothing else was tried: \
+             `--spike {step}` does."
+        ),
         _ => format!(
             "The spike of step {step} is reproduced and no single change removes it. Try a lower learning rate from the \
              start, or two changes together with `spikeprobe replay --set`."

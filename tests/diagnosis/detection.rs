@@ -4,6 +4,7 @@ use std::path::Path;
 
 use spikeprobe::diagnosis::SpikeKind;
 use spikeprobe::diagnosis::detect::{self, Context, Found, spikes};
+use spikeprobe::diagnosis::height;
 use spikeprobe::run::LogRow;
 
 fn row(step: u64, loss: f64, grad_norm: f64) -> LogRow {
@@ -267,4 +268,18 @@ fn the_logs_of_healthy_recorded_runs_hold_no_spike_and_a_jump_in_them_is_found()
         logs += 1;
     }
     assert_eq!(logs, 15);
+}
+
+#[test]
+fn the_larger_of_two_spikes_rose_farther_or_more_sharply() {
+    // A first cycle that bounces, 10 times up within two rows, and a restart that climbs 25 times in ten.
+    let mut slow = descent(60);
+    (slow[20], slow[21]) = (0.3, 0.5);
+    let climb = [0.06, 0.09, 0.14, 0.2, 0.28, 0.4, 0.55, 0.8, 1.1, 1.3, 1.2, 1.2, 1.1];
+    slow[40..53].copy_from_slice(&climb);
+    let rows = log(&slow);
+    let both = spikes(&rows, &Context::default());
+    assert_eq!(both.len(), 2, "{both:?}");
+    assert!(both[0].height > both[1].height, "the first is the sharper one: {both:?}");
+    assert!(height::size(&rows, &both[1]) > height::size(&rows, &both[0]), "{both:?}");
 }

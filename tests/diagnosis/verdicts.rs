@@ -34,6 +34,7 @@ fn reproduced(trials: &[(Cause, f64)]) -> Evidence {
         rows: Vec::new(),
         fault: None,
         unaffordable: None,
+        only: None,
         harmful: true,
     }
 }

@@ -96,6 +96,18 @@ fn an_optimizer_state_lost_at_a_resume_is_named_where_the_log_itself_is_chaos() 
     assert!(diagnosis.cost.experiments <= LIMIT, "{:?}", diagnosis.cost);
 }
 
+/// Plain cosine takes num_cycles for waves: with the restarts' own number it would rise again.
+#[test]
+fn a_schedule_that_restarts_is_replayed_as_one_cosine() {
+    let replayer = open("tests/fixtures/runs", "e1-restarts-llama-bf16");
+    let diagnosis = diagnosed(&replayer, &mut ReplayLaboratory { replayer: &replayer });
+    assert_eq!(diagnosis.verdict.cause, Cause::Schedule, "{}", diagnosis.verdict.summary);
+    let cosine = diagnosis.experiments.iter().find(|e| e.cause == Some(Cause::Schedule)).expect("the trial");
+    assert_eq!(cosine.changes["lr_scheduler_type"], "cosine");
+    assert_eq!(cosine.changes["lr_scheduler_kwargs"], serde_json::json!({}));
+    assert!(cosine.height < 0.5, "what is left of the spike: {}", cosine.height);
+}
+
 /// The second diagnosis of a run replays nothing; one that was cut short goes on where it was; a damaged file is named
 /// and made anew.
 #[test]

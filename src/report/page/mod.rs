@@ -54,7 +54,7 @@ pub struct Piece {
 }
 
 impl View<'_> {
-    /// The spike the report is about: the one whose verdict is on top, else the highest.
+    /// The spike the report is about: the one whose verdict is on top, else the largest.
     pub fn spike(&self) -> Option<&Spike> {
         let spikes = &self.diagnosis.spikes;
         let matching = spikes.iter().filter(|s| s.verdict == self.diagnosis.verdict);
