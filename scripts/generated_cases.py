@@ -12,7 +12,9 @@ is tested.
 The rule that decides what is right, the same for all kinds and without a look at the diagnosis:
 - Each case is computed twice: planted, and as the same run with that one thing put back. Where the run put back is
   not healthy itself (a row above twice the lowest of the three before it, or anything not finite or 0), the case is
-  no single change of a healthy run and is drawn again; so is a jump of the schedule before which the run was not.
+  no single change of a healthy run and is drawn again. A schedule that restarts is judged from the lowest row before
+  the restart on, and drawn again unless what follows rises 1.5 times as far as anything before: the first cycle
+  starts at the same learning rate and may be rough itself.
 - The planted thing is visible if (a) some row lies above the other run's by more than that run's own highest rise,
   and by 1.25 at least, and (b) the planted log shows it by itself: a loss or norm that is not finite, a loss of 0, a row
   above twice the lowest of the three before it and above it by three times (in ln) what four fifths of all rises are, or
@@ -76,8 +78,8 @@ def pair(kind, rng):
         c.update(gradient_accumulation_steps=1, learning_rate=rng.uniform(4e-3, 6e-3), adam_beta2=0.95, num_train_epochs=0.4)
         back = dict(gradient_accumulation_steps=8, num_train_epochs=3.2)
     if kind == "schedule":
-        c.update(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}, num_train_epochs=5.0,
-                 learning_rate=rng.uniform(4e-3, 9.5e-3), adam_beta2=0.95)
+        c.update(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}, num_train_epochs=rng.choice([4.0, 5.0]),
+                 learning_rate=rng.uniform(4e-3, 9.5e-3), adam_beta2=rng.choice([0.9, 0.95]), warmup_ratio=rng.choice([0.1, 0.2, 0.3]))
         back = dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=None)
     if kind == "fp16_overflow":
         c.pop("bf16", None)
@@ -182,6 +184,15 @@ def healthy(history):
     return not broken(history) and max(rises([h["loss"] for h in history])) < math.log(2)
 
 
+def farthest(history):
+    """ln of the highest rise from any row to any later one."""
+    low, far = math.inf, 0.0
+    for h in history:
+        low = min(low, h["loss"])
+        far = max(far, math.log(h["loss"] / low))
+    return far
+
+
 def restart(history):
     """Index of the first row whose learning rate has jumped back up."""
     rates = [h["learning_rate"] for h in history]
@@ -236,8 +247,12 @@ def make(kind, folder, options, rng):
             at = min(len(reference), int(planted["options"][0].split("=")[1].split(",")[0]) + 1)
         history = run.checkpoint(at) if at else run.log()
         run.write(history)
-    if kind == "schedule" and not healthy(history[:restart(history)]):
-        return None
+    if kind == "schedule":
+        at = restart(history)
+        low = min(range(at), key=lambda i: history[i]["loss"])
+        if at == len(history) or farthest(history[low:]) < farthest(history[:low]) + math.log(1.5):
+            return None
+        history, reference = history[low:], reference[low:]
     if kind == "leak":
         reference = Planted(folder / "put-back", options.root, source, {**back, "versions": NEW}, options.example).log()
     return (run, victim, visible(kind, history, reference)) if healthy(reference) else None
