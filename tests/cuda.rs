@@ -4,3 +4,4 @@
 mod agreement; // where CPU and GPU part on purpose, and by how much
 mod benchmark; // GB/s of each kernel; a smoke test on the emulator
 mod driver; // messages, memory, weights that do not fit
+mod paper; // kernels/PERFORMANCE.md against the formulas it follows from
