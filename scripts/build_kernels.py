@@ -12,8 +12,18 @@ PTX = KERNELS / "ptx"
 RESOURCES = KERNELS / "RESOURCES.md"
 # sm_75 is the oldest that the committed PTX runs on; ptxas 12.0 knows up to sm_90, Blackwell needs 13.
 ARCHITECTURES = {"12.0": ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"], "13": ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]}
+# Sources for newer cards only: the driver loads their modules where it can.
+NEWER = {"mma": 80}
 # fmad off: PyTorch's op chains round after every multiplication; where one rounding is meant the source says fmaf.
-OPTIONS = ["--gpu-architecture=compute_75", "--std=c++17", "--fmad=false"]
+OPTIONS = ["--std=c++17", "--fmad=false"]
+
+
+def oldest(path):
+    return NEWER.get(path.stem, 75)
+
+
+def architectures_of(path, named):
+    return [architecture for architecture in named if int(architecture.removeprefix("sm_")) >= oldest(path)]
 
 
 class Toolchain:
@@ -29,7 +39,7 @@ class Toolchain:
         """PTX text of one .cu, or an exit with NVRTC's log."""
         rtc, program = self.nvrtc, ctypes.c_void_p()
         rtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-        options = [*OPTIONS, f"--include-path={KERNELS}", f"--include-path={self.include}"]
+        options = [f"--gpu-architecture=compute_{oldest(source)}", *OPTIONS, f"--include-path={KERNELS}", f"--include-path={self.include}"]
         status = rtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options]))
         size = ctypes.c_size_t()
         rtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -61,7 +71,7 @@ def assemble(tools, version, architecture, path):
 
 
 def second_compiler(tools, source):
-    command = [tools.nvcc, "-arch=compute_75", "--ptx", "-std=c++17", "--fmad=false", f"-I{KERNELS}"]
+    command = [tools.nvcc, f"-arch=compute_{oldest(source)}", "--ptx", "-std=c++17", "--fmad=false", f"-I{KERNELS}"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, source, "-o", f"{folder}/out.ptx"], capture_output=True, text=True)
     if done.returncode != 0:
@@ -74,7 +84,7 @@ def resources(report):
     cells = {(kernel, version, architecture): f"{registers}" + (f" +{spills} B" if spills else "") for kernel, version, architecture, registers, _, spills in report}
     shared = {kernel: most for kernel, *_, most, _ in report}
     head = "| kernel | shared | " + " | ".join(f"{architecture} ({version})" for version, architecture in columns) + " |"
-    rows = [f"| {k} | {shared[k]} B | " + " | ".join(cells[k, *c] for c in columns) + " |" for k in dict.fromkeys(r[0] for r in report)]
+    rows = [f"| {k} | {shared[k]} B | " + " | ".join(cells.get((k, *c), "-") for c in columns) + " |" for k in dict.fromkeys(r[0] for r in report)]
     return "\n".join(
         [
             "# Registers a thread, by architecture",
@@ -103,8 +113,8 @@ def main():
     wanted = {source.stem for source in sources}
     failures += [f"{path} has no source" for path in PTX.glob("*.ptx") if path.stem not in wanted]
     for path in sorted(PTX.glob("*.ptx")):
-        for version, architectures in ({"12.0": ["sm_75"]} if quick else ARCHITECTURES).items():
-            for architecture in architectures:
+        for version, architectures in ({"12.0": [f"sm_{oldest(path)}"]} if quick else ARCHITECTURES).items():
+            for architecture in architectures_of(path, architectures):
                 for kernel, registers, spills, shared in assemble(tools, version, architecture, path):
                     report.append((kernel, version, architecture, registers, shared, spills))
                     if spills:

@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 use super::Common;
 use crate::device::{Compute, Device, cpu::CpuDevice};
 use crate::numerics::{
-    DeviceProduct, Effort, Evidence, Faults, Fingerprint, Soak, State, Suspect, examine, fingerprint, parse_fault,
-    present, soak,
+    DeviceProduct, Effort, Evidence, Faults, Soak, State, Suspect, Through, examine, fingerprint, parse_fault,
+    present::{self, Seen},
+    soak,
 };
 use crate::report::terminal::Style;
 use crate::{Error, Result, interrupt, output};
@@ -51,12 +52,18 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
 }
 
 fn describe(common: &Common, device: &dyn Device) -> Result<()> {
-    let mut seen: Vec<(&str, Fingerprint)> = Vec::new();
-    for (name, compute) in
-        [("f32", Compute::F32), ("tf32", Compute::Tf32), ("bf16", Compute::Bf16), ("fp16", Compute::F16)]
-    {
-        // 64 × 64: the tile that every library computes by its ordinary kernel.
-        seen.push((name, fingerprint(&DeviceProduct { device, compute, tile: 64 }).map_err(|e| e.at(name))?));
+    let mut seen: Vec<Seen> = Vec::new();
+    for through in [Through::Library, Through::MatrixUnit] {
+        for (name, compute) in
+            [("f32", Compute::F32), ("tf32", Compute::Tf32), ("bf16", Compute::Bf16), ("fp16", Compute::F16)]
+        {
+            // 64 × 64: the tile that every library computes by its ordinary kernel; our own has only one.
+            let tile = if through == Through::Library { 64 } else { 16 };
+            let product = DeviceProduct { device, compute, through, tile };
+            if product.exists()? {
+                seen.push(Seen { name, through, print: fingerprint(&product).map_err(|e| e.at(name))? });
+            }
+        }
     }
     common.print(&present::fingerprints(Style::stdout(), device, &seen))?;
     common.write_json(&present::fingerprints_json(device, &seen))

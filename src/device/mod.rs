@@ -404,6 +404,11 @@ pub trait Device: Send + Sync {
     fn row_checks(&self, x: &Tensor, weights: &[checks::Weights<'_>]) -> Result<Vec<checks::Sums>> {
         Ok(checks::of_rows(&self.download(x)?, x.columns(), weights))
     }
+    /// x [n, k] · w [m, k]ᵀ → [n, m] f32 by the matrix unit itself, no library between; operands stored in `compute`'s
+    /// dtype, n a multiple of 16, m of 8, k of 16. `None`: this device has none for this arithmetic.
+    fn matrix_unit(&self, _x: &Tensor, _w: &Tensor, _compute: Compute) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// Per unit of rows and column of x: Σ x and Σ |x|, [units · c].
     fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<checks::Sums> {
         Ok(checks::of_columns(&self.download(x)?, x.columns(), units))

@@ -24,7 +24,7 @@ pub use arithmetic::{Arithmetic, Order, Rounding, Split, Sum};
 pub use checksum::{Checksums, Violation};
 pub use faults::{Fault, Faults, Lasts, Wrong, parse_fault};
 pub use fingerprint::{CutOff, Fingerprint, NonFinite, fingerprint};
-pub use multiplier::{DeviceProduct, Multiplier};
+pub use multiplier::{DeviceProduct, Multiplier, Through};
 pub use profiles::{Profile, published};
 pub use recompute::{Mismatch, Recompute};
 pub use reorder::{Reorder, SplitK};

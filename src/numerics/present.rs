@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::order::Found;
-use super::{Evidence, Fingerprint, SecondOpinion, State, published};
+use super::{Evidence, Fingerprint, SecondOpinion, State, Through, published};
 use crate::device::Device;
 use crate::report::terminal::{Paint, Style};
 
@@ -33,12 +33,41 @@ fn yes(value: Option<bool>) -> &'static str {
     }
 }
 
+/// One fingerprint of a device.
+pub struct Seen {
+    /// `bf16`.
+    pub name: &'static str,
+    pub through: Through,
+    pub print: Fingerprint,
+}
+
+/// What a fingerprint of this device is worth.
+fn standing(device: &dyn Device) -> Option<&'static str> {
+    if device.name() == "cpu" {
+        return None;
+    }
+    if device.fingerprint().contains("emulator") {
+        return Some(
+            "an emulated device: its library adds in ascending order, its matrix unit is a host twin of the A100 as \
+             published; nothing here was measured on a GPU",
+        );
+    }
+    Some("measured now, on this device; no GPU has confirmed this program's reading of it yet")
+}
+
 /// What each kind of product does, and what is published of GPUs.
-pub fn fingerprints(style: Style, device: &dyn Device, seen: &[(&str, Fingerprint)]) -> String {
+pub fn fingerprints(style: Style, device: &dyn Device, seen: &[Seen]) -> String {
     let mut text = format!("{}  {}\n", style.paint(Paint::Bold, &device.name()), device.fingerprint());
-    for (name, print) in seen {
+    if let Some(standing) = standing(device) {
+        let _ = writeln!(text, "{}", style.paint(Paint::Warn, standing));
+    }
+    for Seen { name, through, print } in seen {
+        let through = match through {
+            Through::Library => "",
+            Through::MatrixUnit => ", by mma.sync (kernels/mma.cu)",
+        };
         let rounding = print.rounding.map_or_else(|| "unknown".into(), |r| format!("{r:?}"));
-        let _ = writeln!(text, "\n{}", style.paint(Paint::Bold, &format!("{name} products")));
+        let _ = writeln!(text, "\n{}", style.paint(Paint::Bold, &format!("{name} products{through}")));
         let mut line = |what: &str, value: String| {
             let _ = writeln!(text, "  {what:<22} {value}");
         };
@@ -73,9 +102,11 @@ pub fn fingerprints(style: Style, device: &dyn Device, seen: &[(&str, Fingerprin
     text
 }
 
-pub fn fingerprints_json(device: &dyn Device, seen: &[(&str, Fingerprint)]) -> Value {
-    let products: serde_json::Map<String, Value> =
-        seen.iter().map(|(name, print)| ((*name).to_owned(), json!(print))).collect();
+pub fn fingerprints_json(device: &dyn Device, seen: &[Seen]) -> Value {
+    let of = |wanted: Through| -> serde_json::Map<String, Value> {
+        let kind = seen.iter().filter(|seen| seen.through == wanted);
+        kind.map(|seen| (seen.name.to_owned(), json!(seen.print))).collect()
+    };
     let profiles: Vec<Value> = published()
         .iter()
         .map(|p| {
@@ -85,7 +116,8 @@ pub fn fingerprints_json(device: &dyn Device, seen: &[(&str, Fingerprint)]) -> V
         })
         .collect();
     json!({"schema": "spikeprobe.numerics/1", "device": device.name(), "fingerprint": device.fingerprint(),
-        "products": products, "published": profiles})
+        "standing": standing(device), "products": of(Through::Library), "mma": of(Through::MatrixUnit),
+        "published": profiles})
 }
 
 /// What a state means.

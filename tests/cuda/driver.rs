@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use spikeprobe::device::cpu::MappedBytes;
 use spikeprobe::device::{self, Compute, DType, Device, Tensor};
+use spikeprobe::numerics::{DeviceProduct, Through, fingerprint, published};
 
 use crate::device::{compare::close, download, reference::values};
 
@@ -166,7 +167,35 @@ fn child_of_the_tests_above() {
     match case.as_str() {
         "exhaust" => exhaust(&*device),
         "stream" => stream(&*device),
+        "matrix unit" => matrix_unit(&*device),
         _ => println!("opened {}", device.name()),
+    }
+}
+
+#[test]
+fn the_matrix_unit_is_asked_where_the_card_has_it_and_its_twin_is_the_published_a100() {
+    let of = |capability| child("matrix unit", &[("SPIKEPROBE_EMULATOR_CAPABILITY", capability)]);
+    let (Some((_, turing)), Some((_, ampere))) = (of("75"), of("80")) else { return };
+    assert!(turing.contains("no matrix unit"), "{turing}");
+    for kind in ["Tf32", "Bf16", "F16"] {
+        assert!(ampere.contains(&format!("{kind} as published")), "{ampere}");
+    }
+}
+
+/// The fingerprint through mma.sync, or its host twin, beside the A100's profiles.
+fn matrix_unit(device: &dyn Device) {
+    for profile in published().iter().filter(|p| p.name.starts_with("A100")) {
+        let compute = profile.arithmetic.operand;
+        let product = DeviceProduct { device, compute, through: Through::MatrixUnit, tile: 16 };
+        if !product.exists().expect("an answer") {
+            println!("{compute:?}: no matrix unit");
+            continue;
+        }
+        let (seen, expected) = (fingerprint(&product).expect("unit"), fingerprint(&profile.arithmetic).expect("model"));
+        match seen == expected {
+            true => println!("{compute:?} as published"),
+            false => println!("{compute:?}: {seen:?}, published: {expected:?}"),
+        }
     }
 }
 

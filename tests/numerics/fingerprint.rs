@@ -3,7 +3,7 @@
 use spikeprobe::device::{Compute, DType, cpu::CpuDevice};
 use spikeprobe::numerics::order::Found;
 use spikeprobe::numerics::{
-    Arithmetic, CutOff, DeviceProduct, Fingerprint, Order, Rounding, Split, Sum, fingerprint, published,
+    Arithmetic, CutOff, DeviceProduct, Fingerprint, Order, Rounding, Split, Sum, Through, fingerprint, published,
 };
 
 fn of(arithmetic: &Arithmetic) -> Fingerprint {
@@ -103,7 +103,9 @@ fn recovers_planted_widths_roundings_blocks_orders_and_subnormals() {
 #[test]
 fn describes_the_f32_products_of_this_machine() {
     let device = CpuDevice::new(Some(1)).unwrap();
-    let seen = fingerprint(&DeviceProduct { device: &device, compute: Compute::F32, tile: 16 }).unwrap();
+    let seen =
+        fingerprint(&DeviceProduct { device: &device, compute: Compute::F32, through: Through::Library, tile: 16 })
+            .unwrap();
     assert_eq!((seen.kept_bits, seen.accumulator_bits), (23, 24), "{seen:?}");
     assert_eq!((seen.rounding, seen.exact_products), (Some(Rounding::NearestEven), Some(true)), "{seen:?}");
     assert!(seen.subnormal_operands && seen.subnormal_sums == Some(true), "{seen:?}");

@@ -24,6 +24,9 @@ const MODULES: [(&str, &str); 9] = [
     ("statistics", include_str!("../../../kernels/ptx/statistics.ptx")),
 ];
 
+/// For compute_80: loaded where the card has it.
+const AMPERE: (&str, &str) = ("mma", include_str!("../../../kernels/ptx/mma.ptx"));
+
 /// All kernels of the program, loaded on one device.
 #[derive(Debug)]
 pub struct Kernels {
@@ -44,8 +47,9 @@ impl Kernels {
     /// The driver refuses the PTX.
     pub fn load(driver: Arc<Driver>) -> Result<Self> {
         driver.bind()?;
+        let newer = (driver.capability >= (8, 0)).then_some(AMPERE);
         let mut kernels = Self { driver, modules: Vec::new(), functions: HashMap::new() };
-        for (name, ptx) in MODULES {
+        for (name, ptx) in MODULES.into_iter().chain(newer) {
             kernels.load_module(ptx).map_err(|e| e.at(format!("kernels/ptx/{name}.ptx")))?;
         }
         Ok(kernels)
@@ -68,6 +72,11 @@ impl Kernels {
             self.functions.insert(name.to_string(), function);
         }
         Ok(())
+    }
+
+    /// Whether the module that holds this kernel could be loaded.
+    pub fn has(&self, name: &str) -> bool {
+        self.functions.contains_key(name)
     }
 
     /// Begins a launch; arguments follow in the kernel's order.

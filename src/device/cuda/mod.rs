@@ -10,6 +10,7 @@ mod driver;
 mod elementwise;
 mod fused;
 mod kernels;
+mod matrix_unit;
 mod measure;
 mod memory;
 mod meter;
@@ -370,5 +371,8 @@ impl Device for CudaDevice {
     }
     fn norms_of(&self, tensors: &[Tensor], factor: f32) -> Result<Vec<Norm>> {
         self.norms_of_all(tensors, factor)
+    }
+    fn matrix_unit(&self, x: &Tensor, w: &Tensor, compute: Compute) -> Result<Option<Tensor>> {
+        self.mma(x, w, compute)
     }
 }

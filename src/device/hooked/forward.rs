@@ -41,6 +41,9 @@ impl Device for Hooked {
     fn row_checks(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {
         self.inner.row_checks(x, weights)
     }
+    fn matrix_unit(&self, x: &Tensor, w: &Tensor, compute: Compute) -> Result<Option<Tensor>> {
+        self.inner.matrix_unit(x, w, compute)
+    }
     fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<Sums> {
         self.inner.column_checks(x, units)
     }
