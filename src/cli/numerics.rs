@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Common;
 use crate::device::{Compute, Device, cpu::CpuDevice};
 use crate::numerics::{
-    DeviceProduct, Effort, Evidence, Faults, Soak, State, Suspect, Through, examine, fingerprint, parse_fault,
+    DeviceProduct, Effort, Evidence, Faults, SYNTAX, Soak, State, Suspect, Through, examine, fingerprint, parse_fault,
     present::{self, Seen},
     soak,
 };
@@ -30,12 +30,16 @@ pub struct Args {
     /// How often --triage repeats the step.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..))]
     pub repeats: u16,
-    /// Plant a fault first, to see that it is found: CALL:OUTPUT:ELEMENT:flip=BIT|stuck=BIT|row[:once].
-    #[arg(long, value_name = "FAULT", requires = "triage")]
+    /// Plant a fault first, to see that it is found.
+    #[arg(long, value_name = "FAULT", requires = "triage", long_help = fault_help())]
     pub inject: Option<String>,
     /// Multiply for so many seconds and check every result; each round is a JSON line on standard output.
     #[arg(long, value_name = "SECONDS")]
     pub soak: Option<u64>,
+}
+
+fn fault_help() -> String {
+    format!("Plant a fault first, to see that it is found: {SYNTAX}. 12:0:5:flip=14:once")
 }
 
 /// Asks and prints.

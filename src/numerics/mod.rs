@@ -22,7 +22,7 @@ mod triage;
 
 pub use arithmetic::{Arithmetic, Order, Rounding, Split, Sum};
 pub use checksum::{Checksums, Violation};
-pub use faults::{Fault, Faults, Lasts, Wrong, parse_fault};
+pub use faults::{Fault, Faults, Lasts, SYNTAX, Wrong, parse_fault};
 pub use fingerprint::{CutOff, Fingerprint, NonFinite, fingerprint};
 pub use multiplier::{DeviceProduct, Multiplier, Through};
 pub use profiles::{Profile, published};

@@ -17,7 +17,8 @@ use crate::device::checks::{Sums, Weights};
 use crate::device::hooked::{Call, Hook, Product, Sees};
 use crate::device::{Compute, DType, Device, LowRank, Tensor};
 use bound::{Expected, Term};
-use sums::{Factors, Kept, Last, of_all, of_rows, of_units, operand, same};
+pub(super) use sums::operand;
+use sums::{Factors, Kept, Last, of_all, of_rows, of_units, same};
 
 /// A row of a product whose sum is not what its operands say; of the gradient of a tall matrix, a column.
 #[derive(Debug, Clone, PartialEq, Serialize)]
