@@ -35,14 +35,18 @@ pub struct Case<'a> {
     tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
+/// Inside the test binary, which scripts/gpu-check takes to machines without this repository.
+const FIXTURES: [&[u8]; 2] = [
+    include_bytes!("../fixtures/device/pytorch_ops.safetensors"),
+    include_bytes!("../fixtures/device/pytorch_bits.safetensors"),
+];
+
 impl<'a> Case<'a> {
     pub fn new(device: &'a dyn Device, case: &str, dtype: DType) -> Self {
         let prefix = format!("{case}/{}/", name(dtype));
         let mut tensors = HashMap::new();
-        for fixture in ["pytorch_ops", "pytorch_bits"] {
-            let path = format!("{}/tests/fixtures/device/{fixture}.safetensors", env!("CARGO_MANIFEST_DIR"));
-            let bytes = std::fs::read(path).expect("fixture");
-            let file = safetensors::SafeTensors::deserialize(&bytes).expect("fixture");
+        for fixture in FIXTURES {
+            let file = safetensors::SafeTensors::deserialize(fixture).expect("fixture");
             for (key, view) in file.tensors() {
                 if let Some(key) = key.strip_prefix(&prefix) {
                     tensors.insert(key.to_string(), (view.shape().to_vec(), widen(&view)));
