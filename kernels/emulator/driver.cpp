@@ -9,6 +9,8 @@
 //   SPIKEPROBE_EMULATOR_MEMORY=BYTES     device memory (default 8 GiB)
 //   SPIKEPROBE_EMULATOR_STRICT=1         a leak at exit makes the exit code 86
 //   SPIKEPROBE_EMULATOR_SCHEDULE=…       see blocks.cpp
+//   SPIKEPROBE_EMULATOR_COPIES=1         says at exit how many large copies to the device ran while work that was queued
+//                                        before them still waited in another stream: those a GPU can overlap
 #include <algorithm>
 #include <cctype>
 #include <cstdio>
@@ -41,8 +43,12 @@ struct Function {
 struct Module {
     std::vector<std::unique_ptr<Function>> functions;
 };
+struct Work {
+    uint64_t number;  // in the order of queueing, over all streams
+    std::function<Result()> run;
+};
 struct Stream {
-    std::deque<std::function<Result()>> waiting;
+    std::deque<Work> waiting;
     uint64_t enqueued = 0, done = 0;
 };
 struct Event {
@@ -61,12 +67,14 @@ static long setting(const char* name, long fallback) {
     return text ? std::atol(text) : fallback;
 }
 
+static uint64_t queued = 0;
+
 static Result drain(Stream* stream, uint64_t until) {
     while (stream->done < until && !stream->waiting.empty() && sticky == success) {
         auto next = std::move(stream->waiting.front());
         stream->waiting.pop_front();
         stream->done += 1;
-        Result result = next();
+        Result result = next.run();
         if (result != success) sticky = result;
     }
     return sticky;
@@ -78,7 +86,7 @@ static Result drain_all() {
 }
 static Result enqueue(Stream* stream, std::function<Result()> work) {
     if (!stream) stream = &null_stream;
-    stream->waiting.push_back(std::move(work));
+    stream->waiting.push_back({queued++, std::move(work)});
     stream->enqueued += 1;
     // Bounded, so that a long replay does not pile up its history.
     if (stream->waiting.size() > 512) drain(stream, stream->enqueued - 256);
@@ -217,9 +225,27 @@ static Result copy(void* to, const void* from, size_t bytes, const void* on_devi
     memcpy(to, from, bytes);
     return success;
 }
+// Copies of at least 16 KiB to the device, and those of them that overtook earlier work of other streams.
+static struct Copies {
+    size_t large = 0, ahead = 0;
+    ~Copies() {
+        if (std::getenv("SPIKEPROBE_EMULATOR_COPIES"))
+            fprintf(stderr, "cuda emulator: %zu of %zu large copies ran ahead of queued kernels\n", ahead, large);
+    }
+} copies;
+
 API int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t bytes, void* stream) {
     GUARD;
-    return enqueue(static_cast<Stream*>(stream), [=] { return copy(to, from, bytes, to); });
+    auto own = static_cast<Stream*>(stream);
+    uint64_t number = queued;
+    return enqueue(own, [=] {
+        if (bytes >= 16 << 10) {
+            auto older = [=](Stream* other) { return other != own && !other->waiting.empty() && other->waiting.front().number < number; };
+            copies.large += 1;
+            copies.ahead += std::any_of(streams.begin(), streams.end(), older);
+        }
+        return copy(to, from, bytes, to);
+    });
 }
 API int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t bytes, void* stream) {
     GUARD;
