@@ -138,6 +138,9 @@ impl Bench<'_, '_> {
         let step = self.found.step;
         let logged = self.subject.points.iter().find(|p| p.step == step).map_or(f64::NAN, |p| p.loss);
         for proposal in plan::other_trainers(self.subject, &self.out.baseline, step) {
+            if !self.budget.allows(1) {
+                break;
+            }
             let trace = match self.lab.replay(&self.near, step, &proposal.interventions) {
                 Err(error) if error.kind == Kind::Interrupted => return Err(error),
                 Err(_) => continue,

@@ -59,7 +59,7 @@ impl Bench<'_, '_> {
 
     /// Of a micro-batch with several rows, those that stand out alone.
     fn without_bystanders(&mut self, suspect: Suspect) -> Result<Suspect> {
-        if suspect.rows.len() < 2 {
+        if suspect.rows.len() < 2 || !self.budget.allows(suspect.rows.len() as u64) {
             return Ok(suspect);
         }
         let mut guilty = Vec::new();
@@ -128,7 +128,7 @@ impl Bench<'_, '_> {
     pub(super) fn always_high(&mut self) -> Result<bool> {
         let rises = matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence);
         let earlier = self.found.step.saturating_sub(2);
-        if !rises || earlier <= step_of(&self.near) {
+        if !rises || earlier <= step_of(&self.near) || !self.budget.allows(1) {
             return Ok(false);
         }
         let change = [Intervention::SwapWindow { step: earlier, with: self.found.step }];
