@@ -12,7 +12,7 @@ use super::trajectory::plan;
 use super::{GradientError, LostUpdates, ScaleLimit};
 use crate::device::hooked::Hooked;
 use crate::device::{DType, Device};
-use crate::model::{BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Projection, Ragged};
+use crate::model::{Adapter, BaseModel, Engine, Gradients, PassOptions, PassOutput, PrecisionPlan, Projection, Ragged};
 use crate::probe::{Part, Probes, Role, Site};
 use crate::replay::Replayer;
 use crate::step::{Rule, TrainState};
@@ -35,6 +35,8 @@ const REFERENCE_BUDGET: f64 = 2e10;
 /// A window with the seeds of its losses.
 struct Work<'s> {
     state: &'s TrainState,
+    /// The state's, in the dtype that is looked at.
+    adapter: Adapter,
     batch: Ragged,
     seeds: Vec<f32>,
 }
@@ -55,17 +57,27 @@ fn work<'s>(replayer: &Replayer, state: &'s TrainState) -> Result<Work<'s>> {
     let batch = Ragged::of(&scene.corpus, &micro_batches)?;
     let labels = batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
     let seeds = micro_batches.iter().zip(labels).map(|(m, c)| segment.rules.loss.of(&m.fetched, c).seed).collect();
-    Ok(Work { state, batch, seeds })
+    Ok(Work { state, adapter: state.adapter.clone(), batch, seeds })
 }
 
 impl Work<'_> {
+    /// The same with the adapter's matrices, and so its gradients, in `dtype`.
+    fn with_adapter(&self, device: &dyn Device, dtype: DType) -> Result<Self> {
+        let mut adapter = self.adapter.clone();
+        for matrix in adapter.matrices_mut() {
+            *matrix = device.cast(matrix, dtype)?;
+        }
+        adapter.dtype = dtype;
+        Ok(Self { adapter, batch: self.batch.clone(), seeds: self.seeds.clone(), ..*self })
+    }
+
     /// Gradients per matrix, loss scale included.
     fn pass(&self, engine: &Engine, scale: f64, probes: Probes) -> Result<(Vec<Vec<f32>>, PassOutput)> {
         let device = engine.device();
         let seeds: Vec<f32> = self.seeds.iter().map(|s| s * scale as f32).collect();
-        let mut gradients = Gradients::zeros(device, &self.state.adapter)?;
+        let mut gradients = Gradients::zeros(device, &self.adapter)?;
         let options = PassOptions { probes, ..PassOptions::default() };
-        let output = engine.pass(&self.state.adapter, &self.batch, &seeds, &options, &mut gradients)?;
+        let output = engine.pass(&self.adapter, &self.batch, &seeds, &options, &mut gradients)?;
         let values = gradients.tensors.iter().map(|t| device.download(t)).collect::<Result<_>>()?;
         Ok((values, output))
     }
@@ -81,6 +93,9 @@ fn engine(replayer: &Replayer, device: Arc<dyn Device>, plan: PrecisionPlan) -> 
     let base = Arc::new(BaseModel::open(&run.path(&run.config.model_name_or_path))?);
     Engine::new(device, base, plan)
 }
+
+/// Windows whose adapters have a dtype, and their reference gradients, matrix by matrix.
+type AtDtype<'s> = (DType, Vec<Work<'s>>, Vec<Vec<Vec<f32>>>);
 
 /// Every precision at every state.
 ///
@@ -100,15 +115,22 @@ pub fn gradients(
     )?;
     told("reference gradients with f64 accumulation");
     let works = states.iter().map(|s| work(replayer, s)).collect::<Result<Vec<_>>>()?;
-    let mut exact = Vec::new();
-    for work in &works {
-        exact.push(work.pass(&reference, 1.0, Probes::Off)?.0);
-    }
+    // A precision's error is that of its arithmetic, at the weights it can hold: by dtype of the adapter.
+    let mut at_dtype: Vec<AtDtype<'_>> = Vec::new();
     let mut all = Vec::new();
     for name in precisions {
+        let plan = plan(replayer.run().precision()?.plan, name);
+        if !at_dtype.iter().any(|(dtype, ..)| *dtype == plan.adapter) {
+            let held = works.iter().map(|w| w.with_adapter(&*device, plan.adapter)).collect::<Result<Vec<_>>>()?;
+            let wide = held.iter().map(|w| w.with_adapter(&*device, DType::F32)?.pass(&reference, 1.0, Probes::Off));
+            let exact = wide.map(|pass| Ok(pass?.0)).collect::<Result<_>>()?;
+            at_dtype.push((plan.adapter, held, exact));
+        }
         told(&format!("{name}: gradients"));
-        let engine = engine(replayer, Arc::clone(&device), plan(replayer.run().precision()?.plan, name))?;
-        all.push(compare(&engine, name, &works, &exact)?);
+        let engine = engine(replayer, Arc::clone(&device), plan)?;
+        if let Some((_, works, exact)) = at_dtype.iter().find(|(dtype, ..)| *dtype == plan.adapter) {
+            all.push(compare(&engine, name, works, exact)?);
+        }
     }
     Ok(all)
 }

@@ -41,6 +41,13 @@ pub fn decide(precisions: &[Precision], scale: &ScaleLimit, lost: &[LostUpdates]
         Some(name) => format!("{name} is safe here."),
         None => "None of the precisions tried is safe here.".into(),
     };
+    if take.is_some_and(|name| name != "fp16") && safe("fp16").is_some() {
+        let skipped = precisions.iter().find(|p| p.name == "fp16").map_or(0, |p| p.trajectory.skipped);
+        let limit = scale
+            .fails_at
+            .map_or(String::new(), |limit| format!(", with a loss scale below {}", number(power_below(limit))));
+        summary.push_str(&format!(" fp16 is too{limit}: GradScaler found it after {skipped} skipped steps."));
+    }
     for (name, safe, why) in &judged {
         if !safe && name != "fp16_unscaled" {
             summary.push_str(&format!(" {name} is not: {why}."));
@@ -86,7 +93,12 @@ fn judge(p: &Precision, scale: &ScaleLimit, lost: &[LostUpdates], learning_rate:
             format!("{site} overflows from a loss scale of {} on, too small to keep gradients", number(limit)),
         );
     }
-    if p.gradient.relative_l2.is_nan() || p.gradient.relative_l2 > WRONG {
+    if p.gradient.relative_l2.is_nan() {
+        let site = scale.site.as_deref().filter(|_| p.name == "fp16" && scale.fails_at.is_none());
+        let whose = site.map_or("its gradient is not finite".into(), |s| format!("{s} overflows at any loss scale"));
+        return (false, format!("{whose} at step {}", scale.step));
+    }
+    if p.gradient.relative_l2 > WRONG {
         return (false, format!("its gradient is {} off", percent(p.gradient.relative_l2)));
     }
     (true, format!("gradient within {} of the reference", percent(p.gradient.relative_l2)))

@@ -54,6 +54,12 @@ impl Style {
     }
 }
 
+/// Wrapped text with every line in the paint's colour.
+pub fn painted(style: Style, paint: Paint, text: &str) -> String {
+    let wrapped = wrap(text, style.width, "");
+    wrapped.lines().map(|line| style.paint(paint, line)).collect::<Vec<_>>().join("\n")
+}
+
 /// Control characters, escape sequences and direction overrides made visible as U+FFFD; line breaks become spaces.
 pub fn clean(text: &str) -> String {
     let replace = |c: char| match c {

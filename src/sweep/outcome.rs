@@ -66,8 +66,9 @@ const PATIENCE_SHARE: f64 = 0.05;
 /// Far up: this factor over its own best and one nat above it, and above where it began.
 const FAR: f64 = 4.0;
 
-/// The last tenth has risen from the best tenth when it lies this factor above it, by more standard errors than
-/// [`CERTAIN`], and by this share of the first loss: a noisy loss that came down and crept up again has no spike.
+/// The end has risen from the best stretch of the same length, a tenth to a quarter of the steps, when it lies this
+/// factor above it, by more standard errors than [`CERTAIN`], and by this share of the first loss: a noisy loss that
+/// came down and crept up again has no spike.
 const RISEN: f64 = 1.5;
 const CERTAIN: f64 = 3.0;
 const RISEN_SHARE: f64 = 0.05;
@@ -145,7 +146,8 @@ impl Tracker {
         let samples = outcome.samples;
         outcome.curve.push(Point { samples, loss, grad_norm: record.grad_norm });
         self.rows.push(row(record));
-        self.judge(loss, broken && !record.skipped)
+        // A skipped update heals a gradient that is not finite; a loss that is not has the same weights before it again.
+        self.judge(loss, !loss.is_finite() || (broken && !record.skipped))
     }
 
     fn judge(&mut self, loss: f64, broken: bool) -> bool {
@@ -194,11 +196,15 @@ impl Tracker {
 
 /// Whether the end of a curve is clearly above its best stretch, in logarithms, in which losses scatter evenly.
 fn has_risen(curve: &[Point]) -> bool {
-    let stretch = (curve.len() / 10).max(STRETCH);
-    let logs: Vec<f64> = curve.iter().map(|p| p.loss.max(f64::MIN_POSITIVE).ln()).collect();
-    if logs.len() < 3 * stretch {
-        return false;
-    }
+    let losses: Vec<f64> = curve.iter().map(|p| p.loss).filter(|loss| *loss > 0.0 && loss.is_finite()).collect();
+    let logs: Vec<f64> = losses.iter().map(|loss| loss.ln()).collect();
+    let shortest = (logs.len() / 10).max(STRETCH);
+    let longest = (logs.len() / 4).max(shortest);
+    logs.len() >= 3 * shortest && (shortest..=longest).any(|stretch| risen_over(&logs, stretch, losses[0]))
+}
+
+/// The same for stretches of one length.
+fn risen_over(logs: &[f64], stretch: usize, first: f64) -> bool {
     // Mean and its squared standard error.
     let level = |logs: &[f64]| {
         let n = logs.len() as f64;
@@ -209,7 +215,7 @@ fn has_risen(curve: &[Point]) -> bool {
     let end = level(&logs[logs.len() - stretch..]);
     let rise = end.0 - best.0;
     let lost = end.0.exp() - best.0.exp();
-    rise > RISEN.ln() && rise > CERTAIN * (end.1 + best.1).sqrt() && lost > RISEN_SHARE * curve[0].loss
+    rise > RISEN.ln() && rise > CERTAIN * (end.1 + best.1).sqrt() && lost > RISEN_SHARE * first
 }
 
 fn row(record: &StepRecord) -> LogRow {

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use super::escape;
+use super::{breakable, escape};
 
 /// One cell. `text` is printed in it when the map asks for text.
 #[derive(Debug, Clone, Default)]
@@ -64,12 +64,12 @@ impl HeatMap {
         };
         let mut out = format!(
             "<figure class=\"heatmap\"><figcaption><b>{}</b> <small>{}</small>{}</figcaption>\
-             <div class=\"scroll\"><table class=\"{class}\"><thead><tr><th scope=\"col\" class=\"corner\">{} \\ {}</th>",
+             <div class=\"scroll\"><table class=\"{class}\"><thead><tr><th scope=\"col\" class=\"corner\">{} \\ <wbr/>{}</th>",
             escape(&self.title),
             escape(&self.unit),
             self.legend(low, high),
-            escape(&self.row_name),
-            escape(&self.column_name),
+            breakable(&self.row_name),
+            breakable(&self.column_name),
         );
         let stride = if self.with_text { 1 } else { self.columns.len().div_ceil(16) };
         for (i, column) in self.columns.iter().enumerate() {

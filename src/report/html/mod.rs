@@ -33,6 +33,20 @@ pub fn escape(text: &str) -> String {
     out
 }
 
+/// [`escape`]d, and free to break behind the underscores and full stops of settings and module paths.
+pub fn breakable(text: &str) -> String {
+    let text = escape(text);
+    let mut out = String::with_capacity(text.len() + 32);
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        out.push(c);
+        if c == '_' || (c == '.' && rest.peek().is_some_and(|next| next.is_ascii_alphabetic())) {
+            out.push_str("<wbr/>");
+        }
+    }
+    out
+}
+
 /// A document under construction: sections in reading order.
 #[derive(Debug, Clone)]
 pub struct Document {
@@ -78,6 +92,12 @@ impl Document {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_names_break_between_their_words_and_numbers_do_not() {
+        assert_eq!(breakable("warmup_ratio: 0.03"), "warmup_<wbr/>ratio: 0.03");
+        assert_eq!(breakable("mlp.up_proj <a>"), "mlp.<wbr/>up_<wbr/>proj &lt;a&gt;");
+    }
 
     #[test]
     fn text_cannot_become_markup() {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::escape;
+use super::{breakable, escape};
 
 /// One cell of a table.
 #[derive(Debug, Clone)]
@@ -17,6 +17,9 @@ pub enum Content {
     /// File names, keys, settings.
     Code(String),
 }
+
+/// Text from this many bytes on is given room.
+const SENTENCE: usize = 24;
 
 /// Header and rows; the header decides the number of columns.
 #[derive(Debug, Clone, Default)]
@@ -49,9 +52,11 @@ impl Table {
 
 fn cell(content: &Content) -> String {
     match content {
+        // Sentences in a narrow column would be a word a line.
+        Content::Text(text) if text.len() > SENTENCE => format!("<td class=\"long\">{}</td>", escape(text)),
         Content::Text(text) => format!("<td>{}</td>", escape(text)),
         Content::Number(text) => format!("<td class=\"num\">{}</td>", escape(text)),
-        Content::Code(text) => format!("<td><code>{}</code></td>", escape(text)),
+        Content::Code(text) => format!("<td><code>{}</code></td>", breakable(text)),
         Content::Badge(class, text) => format!("<td><span class=\"badge {class}\">{}</span></td>", escape(text)),
         Content::Bar(share, text) => {
             let width = if share.is_finite() { share.clamp(0.0, 1.0) * 100.0 } else { 0.0 };

@@ -6,7 +6,7 @@ use super::{Panel, Sweep, verdict};
 use crate::report::html::heat::{Cell as HeatCell, HeatMap};
 use crate::report::html::line::{Line, LineChart, Stroke};
 use crate::report::html::table::{Content, Table};
-use crate::report::html::{Document, escape};
+use crate::report::html::{Document, breakable, escape};
 use crate::report::page::{changes_line, value_text};
 use crate::report::{number, percent};
 use crate::sweep::folder::CellResult;
@@ -41,7 +41,9 @@ impl Sweep<'_> {
         page.section("Where it is stable", lead, &maps);
         page.section(
             "Stability frontier",
-            "The highest value up to which every cell is stable.",
+            &self.frontiers.first().map_or(String::new(), |f| {
+                format!("The highest {} up to which every cell is stable, and the next, which is not.", f.axis)
+            }),
             &self.frontier_table(),
         );
         page.section("Loss over samples seen", "Unstable cells in orange, stable ones in green.", &self.curves());
@@ -84,19 +86,17 @@ impl Sweep<'_> {
         };
         let mut settings = String::new();
         for (key, value) in &suggestion.axes {
-            let _ = write!(settings, "<li><code>{}: {}</code></li>", escape(key), escape(&value_text(value)));
+            let _ = write!(settings, "<li><code>{}: {}</code></li>", breakable(key), escape(&value_text(value)));
         }
         format!(
             "<section class=\"headline {tone}\"><div class=\"word\">Suggested setting</div><h1>{}</h1>\
              <p class=\"summary\">Final loss {}: {}.</p><div class=\"trio\"><div><h3>What to set</h3><ul>{settings}</ul></div>\
-             <div><h3>Checked</h3><ul><li>{}</li></ul></div><div><h3>The grid</h3><ul><li>{}</li><li>{} without a result</li></ul>\
-             </div></div></section>",
-            escape(&changes_line(&suggestion.axes)),
+             <div><h3>Checked</h3><ul><li>{}</li></ul></div><div><h3>The grid</h3><ul><li>{}</li></ul></div></div></section>",
+            breakable(&changes_line(&suggestion.axes)),
             number(suggestion.final_loss),
             escape(&suggestion.reason),
             escape(&check),
-            escape(&counted),
-            self.missing()
+            escape(&counted)
         )
     }
 
@@ -148,13 +148,12 @@ impl Sweep<'_> {
             let value = |v: Option<f64>, none: &str| Content::Number(v.map_or(none.into(), number));
             vec![
                 Content::Code(if f.held.is_empty() { "all".into() } else { changes_line(&f.held) }),
-                Content::Code(f.axis.clone()),
                 value(f.stable_to, "none"),
                 value(f.unstable_from, "beyond the grid"),
             ]
         };
         let rows = self.frontiers.iter().map(row).collect();
-        Table { header: vec!["with", "axis", "stable up to", "unstable from"], rows }.render()
+        Table { header: vec!["with", "stable up to", "unstable from"], rows }.render()
     }
 
     fn curves(&self) -> String {

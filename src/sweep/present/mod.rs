@@ -106,7 +106,7 @@ fn verdict(result: Option<&CellResult>) -> String {
     match (outcome.stable, &outcome.stopped) {
         (true, _) => number(outcome.final_loss),
         (false, Some(_)) => "diverged".into(),
-        (false, None) if outcome.nonfinite_steps > 0 => "not finite".into(),
+        (false, None) if outcome.nonfinite_steps > 0 || outcome.final_loss.is_nan() => "not finite".into(),
         (false, None) if outcome.spikes.is_empty() => format!("{} rises", number(outcome.final_loss)),
         (false, None) => format!("{} spike", number(outcome.final_loss)),
     }

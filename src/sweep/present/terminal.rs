@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{Panel, Sweep, verdict};
 use crate::report::number;
 use crate::report::page::changes_line;
-use crate::report::terminal::{Align, Paint, Style, Table, wrap};
+use crate::report::terminal::{Align, Paint, Style, Table, painted, wrap};
 use crate::sweep::grid::Keep;
 
 impl Sweep<'_> {
@@ -15,7 +15,7 @@ impl Sweep<'_> {
         for panel in self.panels() {
             out.push_str(&self.panel(&panel, style));
         }
-        let _ = writeln!(out, "{}", style.paint(Paint::Dim, &wrap(self.legend(), style.width, "")));
+        let _ = writeln!(out, "{}", painted(style, Paint::Dim, self.legend()));
         if self.missing() > 0 {
             let text = format!("{} of {} cells have no result yet.", self.missing(), self.manifest.cells.len());
             let _ = writeln!(out, "{}", style.paint(Paint::Warn, &text));
