@@ -168,3 +168,34 @@ fn the_failing_loss_scale_is_predicted_and_confirmed() {
     assert_eq!(limit.sites[0].1, limit.fails_at.unwrap(), "{:?}", limit.sites.first());
     assert!(limit.sites.len() > 20 && limit.sites.windows(2).all(|w| w[0].1 <= w[1].1));
 }
+
+#[test]
+fn where_bf16_is_taken_a_safe_fp16_is_named_with_its_loss_scale() {
+    let mut half = precision("fp16", 0.01);
+    half.trajectory.skipped = 1;
+    let verdict = decide(&[precision("bf16", 0.02), half], &scale(Some(3e6)), &[], 1e-3);
+    assert!(
+        verdict.summary.starts_with("bf16 is safe here. fp16 is too, with a loss scale below 1048576;"),
+        "{verdict:?}"
+    );
+    assert!(verdict.summary.contains("skipped 1 step to"), "{verdict:?}");
+}
+
+#[test]
+fn a_gradient_lost_to_the_forward_pass_names_the_site() {
+    let verdict = decide(&[precision("fp16", f64::NAN)], &scale(None), &[], 1e-3);
+    assert_eq!(verdict.precisions[0].2, "residual overflows at any loss scale at step 1");
+}
+
+/// What breaks by itself is told from what it breaks: one site of the forward pass, and everything behind it inherits.
+#[test]
+fn nan_is_blamed_on_the_site_where_it_arises_and_on_no_other() {
+    let replayer = replayer(&fixture("runs"), "runs/h1-fp16-llama-rare");
+    let start = spikeprobe::replay::Start::Initial;
+    let (_, sites) = bench::trajectory::replay(&replayer, &start, 5, "fp16", None).unwrap();
+    let forward: Vec<&SiteReport> = sites.values().map(|s| &s.report).filter(|r| !r.backward).collect();
+    let arisen: Vec<&str> = forward.iter().filter(|r| r.arisen > 0).map(|r| r.site.as_str()).collect();
+    assert!(!arisen.is_empty() && arisen.iter().all(|site| site.starts_with("layers.0.mlp.")), "{arisen:?}");
+    let inherited = forward.iter().filter(|r| r.nonfinite > r.arisen).count();
+    assert!(inherited > 20, "{inherited} sites inherit");
+}

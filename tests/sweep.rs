@@ -308,3 +308,17 @@ fn two_shards_of_a_recorded_run_equal_one_sweep_of_it_bit_for_bit() {
     assert_eq!(named(dirs[0].path()).len(), 8);
     assert_eq!(named(dirs[0].path()), named(dirs[2].path()));
 }
+
+#[test]
+fn a_neighbour_that_hardly_trains_is_no_reserve() {
+    let manifest = manifest(&["lr=1e-4,3e-4,1e-3"]);
+    let dir = tempfile::tempdir().expect("dir");
+    sweep(dir.path(), &manifest, Shard::ALL, &Scripted::default()).expect("sweep");
+    let mut results = Folder::open(dir.path()).expect("folder").0.results(&manifest).expect("results");
+    for (result, loss) in results.iter_mut().flatten().zip([0.07, 0.05, 1.4]) {
+        assert!(result.outcome.stable);
+        result.outcome.final_loss = loss;
+    }
+    let suggested = Sweep::new(&manifest, &results).suggestion.expect("suggestion");
+    assert_eq!(suggested.axes["learning_rate"], json!(1e-4), "{suggested:?}");
+}

@@ -47,6 +47,13 @@ pub struct SpikeSeen {
     pub height: f64,
 }
 
+impl SpikeSeen {
+    /// Of the loss; a gradient that shot up and was clipped, or a skipped update, did none to it.
+    pub fn harmful(&self) -> bool {
+        matches!(self.kind, SpikeKind::Jump | SpikeKind::Divergence | SpikeKind::Nan | SpikeKind::MaskedNan)
+    }
+}
+
 /// One optimizer step of a curve.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Point {
@@ -180,15 +187,12 @@ impl Tracker {
         self.context.loss_scaling |= outcome.skipped_steps > 0;
         let seen = |f: &detect::Found| SpikeSeen { step: f.step, kind: f.kind, height: f.height };
         outcome.spikes = detect::spikes(&self.rows, &self.context).iter().map(seen).collect();
-        let harmful = |s: &SpikeSeen| {
-            matches!(s.kind, SpikeKind::Jump | SpikeKind::Divergence | SpikeKind::Nan | SpikeKind::MaskedNan)
-        };
         let improved = self.first.is_some_and(|first| outcome.final_loss <= first.max(f64::MIN_POSITIVE) * 1.2);
         outcome.stable = outcome.stopped.is_none()
             && outcome.nonfinite_steps == 0
             && improved
             && !has_risen(&outcome.curve)
-            && !outcome.spikes.iter().any(harmful);
+            && !outcome.spikes.iter().any(SpikeSeen::harmful);
         outcome.curve = shortened(&outcome.curve);
         outcome
     }

@@ -76,8 +76,11 @@ pub fn frontiers(manifest: &Manifest, results: &[Option<CellResult>]) -> Vec<Fro
     lines.into_iter().map(frontier).collect()
 }
 
-/// The stable cell with the lowest final loss that is not the last one before the frontier; where every stable cell
-/// is, the lowest of them.
+/// A neighbour above that trains to more than this multiple of a cell's final loss is no reserve, stable or not.
+const RESERVE: f64 = 2.0;
+
+/// The stable cell with the lowest final loss that is not the last one before the frontier, nor before a neighbour that
+/// hardly trains; where every stable cell is, the lowest of them.
 pub fn suggest(manifest: &Manifest, results: &[Option<CellResult>]) -> Option<Suggestion> {
     let frontiers = frontiers(manifest, results);
     let axis = ladder(&manifest.axes).map(|a| a.key.clone());
@@ -87,9 +90,16 @@ pub fn suggest(manifest: &Manifest, results: &[Option<CellResult>]) -> Option<Su
         let mut held = result.cell.axes.clone();
         held.remove(axis);
         let line = frontiers.iter().find(|f| f.held == held);
+        let above = results.iter().flatten().filter_map(|r| {
+            let mut theirs = r.cell.axes.clone();
+            let other = theirs.remove(axis).and_then(|v| v.as_f64()).filter(|v| *v > value && theirs == held)?;
+            Some((other, r.outcome.final_loss))
+        });
+        let next = above.min_by(|a, b| a.0.total_cmp(&b.0));
+        let trains = next.is_none_or(|(_, loss)| loss <= RESERVE * result.outcome.final_loss);
         line.is_some_and(|f| match (f.stable_to, f.unstable_from) {
-            (Some(to), Some(_)) => value < to,
-            (Some(to), None) => value <= to,
+            (Some(to), Some(_)) => value < to && trains,
+            (Some(to), None) => value <= to && trains,
             (None, _) => false,
         })
     };

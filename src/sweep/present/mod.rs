@@ -107,7 +107,7 @@ fn verdict(result: Option<&CellResult>) -> String {
         (true, _) => number(outcome.final_loss),
         (false, Some(_)) => "diverged".into(),
         (false, None) if outcome.nonfinite_steps > 0 || outcome.final_loss.is_nan() => "not finite".into(),
-        (false, None) if outcome.spikes.is_empty() => format!("{} rises", number(outcome.final_loss)),
-        (false, None) => format!("{} spike", number(outcome.final_loss)),
+        (false, None) if outcome.spikes.iter().any(|s| s.harmful()) => format!("{} spike", number(outcome.final_loss)),
+        (false, None) => format!("{} rises", number(outcome.final_loss)),
     }
 }
