@@ -35,7 +35,7 @@ pub fn decide(precisions: &[Precision], scale: &ScaleLimit, lost: &[LostUpdates]
     let take = ["bf16", "fp16", "tf32", "fp32"].into_iter().find(|name| safe(name).is_some());
     let mut summary = match take {
         Some("fp16") => match scale.fails_at {
-            Some(limit) => format!("fp16 is safe here with a loss scale below {}.", number(power_below(limit))),
+            Some(limit) => format!("fp16 is safe here with a loss scale below {}.", power_below(limit)),
             None => "fp16 is safe here.".into(),
         },
         Some(name) => format!("{name} is safe here."),
@@ -43,10 +43,10 @@ pub fn decide(precisions: &[Precision], scale: &ScaleLimit, lost: &[LostUpdates]
     };
     if take.is_some_and(|name| name != "fp16") && safe("fp16").is_some() {
         let skipped = precisions.iter().find(|p| p.name == "fp16").map_or(0, |p| p.trajectory.skipped);
-        let limit = scale
-            .fails_at
-            .map_or(String::new(), |limit| format!(", with a loss scale below {}", number(power_below(limit))));
-        summary.push_str(&format!(" fp16 is too{limit}: GradScaler found it after {skipped} skipped steps."));
+        let limit =
+            scale.fails_at.map_or(String::new(), |limit| format!(", with a loss scale below {}", power_below(limit)));
+        let steps = if skipped == 1 { "step" } else { "steps" };
+        summary.push_str(&format!(" fp16 is too{limit}; GradScaler skipped {skipped} {steps} to find one."));
     }
     for (name, safe, why) in &judged {
         if !safe && name != "fp16_unscaled" {
