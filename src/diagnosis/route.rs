@@ -41,9 +41,15 @@ impl Bench<'_, '_> {
                 let first = step.max(step_of(&start)) + 1;
                 vec![whole(start, first, false)]
             }
-            // Rows and windows: the steps before theirs stay as they are anyway.
+            // Rows and windows: the steps before theirs stay as they are anyway. Rows that have come long before are
+            // masked near the spike only, where masking them all along is more than the windows allow.
             From::Near if matches!(proposal.cause, Cause::Data | Cause::MaskedLabels | Cause::TrainerBookkeeping) => {
-                vec![whole(self.near.clone(), step_of(&self.near) + 1, false)]
+                let all_along = whole(self.near.clone(), step_of(&self.near) + 1, false);
+                let rows = proposal.cause != Cause::TrainerBookkeeping;
+                match rows && !self.budget.allows(self.cost(proposal, &all_along)) {
+                    true => vec![self.route_from(&self.near, LEAD, false)],
+                    false => vec![all_along],
+                }
             }
             From::Near => {
                 let near = self.route_from(&self.near, LEAD, false);
