@@ -59,7 +59,7 @@ pub struct Args {
     /// Run only every N-th cell, from the I-th (0 to N-1): one shard a machine.
     #[arg(long, value_name = "I/N", value_parser = Shard::parse)]
     pub shard: Option<Shard>,
-    /// Cells at once [default: one a CPU thread, one on a GPU].
+    /// Cells at once [default: one a CPU thread, one on a GPU; fewer cells than threads share them out].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub jobs: Option<u16>,
 }
@@ -93,9 +93,9 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
 }
 
 fn sweep(args: &Args, run: &Path, common: &Common) -> Result<()> {
-    // Cells side by side, each on one thread: products of small models do not fill several.
-    let one_thread = Common { threads: Some(1), ..common.clone() };
-    let replayer = one_thread.open_replayer(run, &[])?;
+    // Cells side by side rather than products spread over threads, which small ones do not fill.
+    let (at_once, threads) = args.spread(common);
+    let replayer = Common { threads: Some(threads), ..common.clone() }.open_replayer(run, &[])?;
     let base = replayed::base(&replayer, &args.from, args.steps)?;
     let grid = args.grid(&base)?;
     check_attempts(&replayer, &grid)?;
@@ -116,7 +116,7 @@ fn sweep(args: &Args, run: &Path, common: &Common) -> Result<()> {
     let progress = Progress::new(common, manifest.cells.iter().enumerate().filter(|(i, _)| shard.holds(*i)).count());
     let told = |_: usize, result: &CellResult| progress.finished(result);
     let context = replayed::context(&replayer);
-    let workers = args.workers(common, &replayer);
+    let workers = if replayer.device().name() == "cpu" { at_once } else { args.jobs.map_or(1, usize::from) };
     let done = queue::run(&folder, &manifest, shard, workers, &trainer, context, &told)?;
     progress.clear();
     common.remark(&format!("{} cells computed, {} were there already", done.computed, done.kept));
@@ -239,14 +239,23 @@ impl Args {
         Ok(Grid { axes, keep, from: self.from.trim_start_matches("checkpoint-").to_owned() })
     }
 
-    fn workers(&self, common: &Common, replayer: &Replayer) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
-        match self.jobs {
-            Some(jobs) => usize::from(jobs),
-            None if replayer.device().name() == "cpu" => common.threads.map_or_else(cores, usize::from),
-            None => 1,
-        }
+    /// Cells at once on a CPU, and threads for each: one, unless there are fewer cells than threads.
+    fn spread(&self, common: &Common) -> (usize, u16) {
+        let threads = common.threads.map_or_else(cores, usize::from);
+        let at_once = self.jobs.map_or(threads, usize::from).min(self.most_cells()).max(1);
+        (at_once, u16::try_from(threads / at_once).unwrap_or(u16::MAX).max(1))
     }
+
+    /// No less than the cells of this call, counted before values are understood.
+    fn most_cells(&self) -> usize {
+        let axes = [&self.lr, &self.accumulation, &self.precision].into_iter().flatten().chain(&self.grid);
+        let all = axes.map(|values| values.split(',').count()).fold(1, usize::saturating_mul);
+        all.div_ceil(self.shard.map_or(1, |shard| shard.count))
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 /// Says on standard error what is done, when someone is looking.
@@ -270,5 +279,34 @@ impl Progress {
         if self.shown {
             output::status("");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn spread(typed: &str) -> (usize, u16) {
+        let typed = Typed::parse_from(typed.split(' '));
+        typed.args.spread(&typed.common)
+    }
+
+    #[test]
+    fn cells_take_a_thread_each_and_few_cells_share_all_threads() {
+        assert_eq!(spread("sweep RUN --threads 8 --lr 1e-4,2e-4,3e-4,4e-4 --accumulation 1,8"), (8, 1));
+        assert_eq!(spread("sweep RUN --threads 8 --lr 1e-4,2e-4,3e-4"), (3, 2));
+        assert_eq!(spread("sweep RUN --threads 8 --lr 1e-4,2e-4 --grid seed=1,2 --shard 1/4"), (1, 8));
+        assert_eq!(spread("sweep RUN --threads 2 --lr 1e-4 --jobs 4"), (1, 2));
+        assert_eq!(spread("sweep RUN --threads 4 --lr 1e-4,2e-4,3e-4,4e-4 --jobs 2"), (2, 2));
     }
 }

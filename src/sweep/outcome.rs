@@ -73,12 +73,13 @@ const PATIENCE_SHARE: f64 = 0.05;
 /// Far up: this factor over its own best and one nat above it, and above where it began.
 const FAR: f64 = 4.0;
 
-/// The end has risen from the best stretch of the same length, a tenth to a quarter of the steps, when it lies this
-/// factor above it, by more standard errors than [`CERTAIN`], and by this share of the first loss: a noisy loss that
-/// came down and crept up again has no spike.
+/// The end has risen from the best stretch of the same length when it lies this factor above it, by more standard errors
+/// than [`CERTAIN`], and by this share of the first loss: a noisy loss that came down and crept up again has no spike.
 const RISEN: f64 = 1.5;
 const CERTAIN: f64 = 3.0;
 const RISEN_SHARE: f64 = 0.05;
+/// Lengths of a stretch: a tenth, a sixth and a quarter of the steps. Shorter ones see sudden rises, longer ones noisy.
+const STRETCHES: [usize; 3] = [10, 6, 4];
 /// Steps whose mean says anything.
 const STRETCH: usize = 4;
 
@@ -201,22 +202,29 @@ impl Tracker {
 /// Whether the end of a curve is clearly above its best stretch, in logarithms, in which losses scatter evenly.
 fn has_risen(curve: &[Point]) -> bool {
     let losses: Vec<f64> = curve.iter().map(|p| p.loss).filter(|loss| *loss > 0.0 && loss.is_finite()).collect();
-    let logs: Vec<f64> = losses.iter().map(|loss| loss.ln()).collect();
-    let shortest = (logs.len() / 10).max(STRETCH);
-    let longest = (logs.len() / 4).max(shortest);
-    logs.len() >= 3 * shortest && (shortest..=longest).any(|stretch| risen_over(&logs, stretch, losses[0]))
+    // Sums of logarithms and of their squares up to each step: a stretch's mean and scatter are differences.
+    let mut sums = vec![(0.0, 0.0)];
+    for log in losses.iter().map(|loss| loss.ln()) {
+        let (sum, squares) = sums[sums.len() - 1];
+        sums.push((sum + log, squares + log * log));
+    }
+    let n = losses.len();
+    let risen = |stretch: usize| n >= 3 * stretch && risen_over(&sums, stretch, losses[0]);
+    STRETCHES.iter().any(|part| risen((n / part).max(STRETCH)))
 }
 
 /// The same for stretches of one length.
-fn risen_over(logs: &[f64], stretch: usize, first: f64) -> bool {
-    // Mean and its squared standard error.
-    let level = |logs: &[f64]| {
-        let n = logs.len() as f64;
-        let mean = logs.iter().sum::<f64>() / n;
-        (mean, logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0) / n)
+fn risen_over(sums: &[(f64, f64)], stretch: usize, first: f64) -> bool {
+    // Mean and its squared standard error of the stretch before `end`.
+    let level = |end: usize| {
+        let n = stretch as f64;
+        let (from, to) = (sums[end - stretch], sums[end]);
+        let mean = (to.0 - from.0) / n;
+        (mean, ((to.1 - from.1) / n - mean * mean).max(0.0) / (n - 1.0))
     };
-    let best = logs.windows(stretch).map(level).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::NAN, 0.0));
-    let end = level(&logs[logs.len() - stretch..]);
+    let last = sums.len() - 1;
+    let best = (stretch..=last).map(level).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::NAN, 0.0));
+    let end = level(last);
     let rise = end.0 - best.0;
     let lost = end.0.exp() - best.0.exp();
     rise > RISEN.ln() && rise > CERTAIN * (end.1 + best.1).sqrt() && lost > RISEN_SHARE * first
