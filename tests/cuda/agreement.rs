@@ -1,6 +1,6 @@
 //! Where cuda:0 and the CPU part on purpose, and what each part costs. The CPU repeats PyTorch's CPU kernels bit by bit,
-//! approximations included; the GPU kernels use the exact functions, as PyTorch's GPU kernels do. scripts/compare-devices
-//! says how far whole replays may lie apart.
+//! approximations included; the GPU kernels use expf and logf, good to an ulp or two. scripts/compare-devices says how far
+//! whole replays may lie apart.
 
 use spikeprobe::device::{self, AttentionShape, Compute, DType, Device};
 
