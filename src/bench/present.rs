@@ -143,39 +143,31 @@ impl Bench {
         let row = |p: &Precision| {
             let verdict = self.verdict.precisions.iter().find(|(n, _, _)| *n == p.name);
             let safe = verdict.is_some_and(|(_, safe, _)| *safe);
-            let scales: Vec<String> = p
-                .trajectory
-                .loss_scale
-                .iter()
-                .take(8)
-                .map(|(step, scale)| format!("{step}: {}", number(*scale)))
-                .collect();
             vec![
                 Content::Code(p.name.clone()),
                 Content::Badge(if safe { "good" } else { "bad" }, if safe { "safe" } else { "not safe" }.into()),
+                Content::Text(verdict.map_or(String::new(), |(_, _, why)| why.clone())),
                 Content::Number(number(p.gradient.relative_l2)),
                 Content::Number(format!("{:.6}", p.gradient.cosine)),
                 Content::Number(number(p.gradient.bias)),
                 Content::Number(p.trajectory.parts_at.map_or("–".into(), |s| s.to_string())),
                 Content::Number(p.trajectory.skipped.to_string()),
                 Content::Number(format!("{:.1}", p.milliseconds)),
-                Content::Text(scales.join(", ")),
-                Content::Text(verdict.map_or(String::new(), |(_, _, why)| why.clone())),
             ]
         };
-        let header = vec![
-            "precision",
-            "",
-            "gradient error",
-            "cosine",
-            "bias",
-            "parts at step",
-            "skipped",
-            "ms/window",
-            "loss scale by step",
-            "why",
-        ];
-        Table { header, rows: self.precisions.iter().map(row).collect() }.render()
+        let header =
+            vec!["precision", "", "why", "gradient error", "cosine", "bias", "parts at step", "skipped", "ms/window"];
+        Table { header, rows: self.precisions.iter().map(row).collect() }.render() + &self.scale_history()
+    }
+
+    /// The loss scale from each step at which it changed.
+    fn scale_history(&self) -> String {
+        let changes = |p: &Precision| {
+            let scales = p.trajectory.loss_scale.iter().take(16);
+            let steps: Vec<String> = scales.map(|(step, scale)| format!("{scale} from step {step}")).collect();
+            format!("<p class=\"lead\">Loss scale in {}: {}.</p>", escape(&p.name), steps.join(", "))
+        };
+        self.precisions.iter().filter(|p| !p.trajectory.loss_scale.is_empty()).map(changes).collect()
     }
 
     fn losses(&self) -> String {
