@@ -23,10 +23,13 @@ const TURBULENT: f64 = 1.6;
 impl Bench<'_, '_> {
     /// The log spikes and the replay does not: does it part right there, and what does the next checkpoint say?
     pub(super) fn absent(&mut self) -> Result<()> {
-        let step = self.found.step;
         if self.found.kind == SpikeKind::Level {
             self.other_trainers()?;
             return Ok(());
+        }
+        let step = departure::broken_from(&self.out.differences, self.found.step);
+        if step < self.found.step {
+            self.out.evidence.baseline.before = departure::before(&self.out.differences, step, self.subject.floor());
         }
         let none = Envelope { loss: 0.0, grad_norm: 0.0 };
         let sudden = departure::departs_at(&self.out.differences, step, none);

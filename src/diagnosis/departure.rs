@@ -88,9 +88,18 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
     let norm_noise = earlier().map(|d| d.grad_norm).filter(|n| !n.is_nan()).fold(0.0, f64::max);
     let loss = at.loss > LEAST.max(BEYOND * noise).max(BEYOND * spread.loss);
     let norm = at.grad_norm > (5.0 * LEAST).max(BEYOND * norm_noise).max(BEYOND * spread.grad_norm);
-    // Where perturbed norms scatter widely, and as far as the log's lies, its loss is one more draw from the same chaos.
-    let chaotic = spread.grad_norm > LEAST && at.grad_norm <= 3.0 * spread.grad_norm;
+    // Where perturbed norms scatter widely, and as far as the log's lies, its loss is one more draw from the same chaos,
+    // unless no perturbed loss moved by a hundredth of that.
+    let chaotic =
+        spread.grad_norm > LEAST && at.grad_norm <= 3.0 * spread.grad_norm && at.loss <= BEYOND * BEYOND * spread.loss;
     (loss && !chaotic) || (norm && noise < LEAST)
+}
+
+/// The step at which a spike of `step` began to break: a gradient norm that is finite in the replay and not in the log
+/// comes one step before the loss that its update ruins.
+pub fn broken_from(differences: &[Difference], step: u64) -> u64 {
+    let broken = |at: u64| differences.iter().any(|d| d.step == at && d.grad_norm == f64::INFINITY);
+    (1..step).rev().take_while(|&at| broken(at)).last().unwrap_or(step)
 }
 
 /// The first steps lie on the log's line.
@@ -165,6 +174,17 @@ mod tests {
         let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &logged, 0.0);
         assert!(departs_at(&d, 4, Envelope { loss: 0.05, grad_norm: 0.05 }));
         assert!(!departs_at(&d, 4, Envelope { loss: 0.05, grad_norm: 2.6 }));
+        assert!(departs_at(&d, 4, Envelope { loss: 0.005, grad_norm: 2.6 }), "perturbed losses hardly move");
+    }
+
+    #[test]
+    fn a_norm_that_breaks_in_the_log_alone_is_where_a_broken_loss_began() {
+        let mut logged = series(&[1.0, 0.9, 0.8, 0.0]);
+        (logged[2].grad_norm, logged[2].skipped) = (f64::NAN, true);
+        let d = differences(&series(&[1.0, 0.9, 0.8, 0.7]), &logged, 0.0);
+        assert_eq!(broken_from(&d, 4), 3);
+        assert_eq!((before(&d, 3, BF16), departs_at(&d, 3, NONE)), (Match::Close, true));
+        assert_eq!(broken_from(&differences(&series(&[1.0, 0.9]), &series(&[1.0, 5.0]), 0.0), 2), 2);
     }
 
     #[test]
