@@ -27,7 +27,8 @@ fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), checked: &mut dyn 
         run();
         began.elapsed().as_secs_f64()
     };
-    (seconds(alone), seconds(checked));
+    alone();
+    checked();
     let turns: Vec<(f64, f64)> = (0..turns).map(|_| (seconds(alone), seconds(checked))).collect();
     let shortest = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::INFINITY, f64::min);
     let (a, b) = (shortest(|t| t.0), shortest(|t| t.1));
@@ -75,6 +76,9 @@ fn steps() {
     let seeds = vec![1e-3; UNITS];
     let bf16 = PrecisionPlan { base: DType::BF16, autocast: Some(DType::BF16), ..PrecisionPlan::F32 };
     for (name, plan) in [("f32", PrecisionPlan::F32), ("bf16", bf16)] {
+        if !named(name) && (named("f32") || named("bf16")) {
+            continue;
+        }
         let engine = |device: &Arc<dyn Device>| Engine::new(Arc::clone(device), Arc::clone(&base), plan);
         let (alone, watched) = (engine(&plain).expect("an engine"), engine(&hooked).expect("an engine"));
         let pass = |engine: &Engine| {
@@ -89,9 +93,12 @@ fn steps() {
     assert!(wrong.is_empty(), "{:?}", wrong.first());
 }
 
-/// `cargo bench --bench numerics -- products|steps`; without a name, both.
+fn named(name: &str) -> bool {
+    std::env::args().any(|typed| typed == name)
+}
+
+/// `cargo bench --bench numerics -- [products|steps] [f32|bf16]`; without a name, all.
 fn main() {
-    let named = |name: &str| std::env::args().any(|typed| typed == name);
     if named("products") || !named("steps") {
         products();
     }

@@ -120,7 +120,8 @@ pub fn add_columns(values: &[f32], sums: &mut [f64], sizes: &mut [f64]) {
     let width = columns * LANES.div_ceil(columns);
     let (mut sum, mut size) = (vec![0f32; width], vec![0f32; width]);
     for block in values.chunks(width * DEEP) {
-        (sum.fill(0.0), size.fill(0.0));
+        sum.fill(0.0);
+        size.fill(0.0);
         for row in block.chunks(width) {
             for ((sum, size), x) in sum.iter_mut().zip(&mut size).zip(row) {
                 *sum += x;

@@ -7,6 +7,7 @@
 //! - the measured sum: γ·Σ|y|;
 //! - each rounding to a dtype of half a unit ρ in the last place: ρ·Σ|·| of what is rounded. Of a fused product's parts
 //!   only their weights are known, and of its main part |main| ≤ |y| + |branch| + |so far|.
+//!
 //! W and Σ|y| are measured with the same roundings; a hundredth more covers them, γ², and ρ².
 
 use std::sync::Arc;
