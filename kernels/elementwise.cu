@@ -1,4 +1,5 @@
-// Elementwise arithmetic; each result is rounded once to its tensor's dtype.
+// Elementwise arithmetic over tensors of n elements, each f32, bf16 or f16 by its tag; computed in f32, each result rounded
+// once to its tensor's dtype.
 //
 // add             out = a + b                 Bytes: n · (size a + size b + size out)
 // scale           out = x · s                 Bytes: n · (size x + size out); in place when out == x
