@@ -289,12 +289,20 @@ impl Bench<'_, '_> {
                 break;
             }
             let tried = self.out.tried.len();
-            // A restart of the schedule: the run without it from the beginning, else the rate held from there on.
-            let far = proposal.from == From::Initial && !self.budget.allows(self.to);
-            match plan::held(self.subject, &situation).filter(|_| far && proposal.cause == Cause::Schedule) {
-                Some(held) => self.try_out(&held)?,
-                None => self.try_out(proposal)?,
-            };
+            // A restart of the schedule: the run without it from the beginning; where that is too far, or another run
+            // with jumps of its own, the rate held from there on.
+            let restart = proposal.cause == Cause::Schedule && proposal.from == From::Initial;
+            if !restart || self.budget.allows(self.to) {
+                self.try_out(proposal)?;
+            }
+            if let Some(held) = plan::held(self.subject, &situation).filter(|_| restart && !self.settled()) {
+                let before = self.out.tried.len();
+                self.try_out(&held)?;
+                if self.out.tried.len() == before && !self.affordable(&held) {
+                    self.out.evidence.unaffordable = Some(held.name);
+                    break;
+                }
+            }
             // Without it, a less specific change that suffices would be named in its place.
             if self.out.tried.len() == tried && !self.affordable(proposal) {
                 self.out.evidence.unaffordable = Some(proposal.name.clone());
