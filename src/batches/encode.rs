@@ -259,12 +259,7 @@ impl Piece {
 
     fn append(&mut self, parts: &[(Field, String)], text: &str, tokenizer: &Tokenizer) -> Result<()> {
         let base = self.ids.len();
-        if let [(field, _)] = parts {
-            self.ids.extend(tokenizer.encode(text)?);
-            self.cover(self.ids.len(), *field);
-            return Ok(());
-        }
-        let (ids, starts) = tokenizer.encode_with_starts(text)?;
+        let (ids, starts) = tokenizer.encode(text)?;
         let count = ids.len();
         self.ids.extend(ids);
         let mut boundary = 0;

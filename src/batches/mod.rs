@@ -13,6 +13,7 @@ mod split;
 mod template;
 mod tokenizer;
 mod windows;
+mod words;
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
 use super::template::Template;
+use super::words::{Tokens, Words};
 use crate::{Error, Result};
 
 /// Special tokens that transformers registers when it loads a tokenizer, in its order.
@@ -17,6 +18,8 @@ const SPECIAL_ROLES: &[&str] =
 /// transformers' fast tokenizers.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// `None`: its texts are not tokenized word by word.
+    words: Option<Words>,
     pub bos: Option<u32>,
     pub eos: u32,
     pub pad: u32,
@@ -55,23 +58,23 @@ impl Tokenizer {
         let id = |name: &Option<String>| name.as_ref().and_then(|name| inner.token_to_id(name));
         let (bos, eos, pad) = (id(&names.bos), id(&names.eos), id(&names.pad));
         let eos = eos.ok_or_else(|| Error::internal("the eos token was not registered").at_path(&path))?;
-        Ok(Self { inner, bos, eos, pad: pad.unwrap_or(eos), path })
+        Ok(Self { words: Words::of(&inner), inner, bos, eos, pad: pad.unwrap_or(eos), path })
     }
 
-    /// Ids of one template element, without special tokens around it.
+    /// Ids of one template element, without special tokens around it, and the byte of `text` at which each starts.
     ///
     /// # Errors
     /// The tokenizer cannot encode the text (a model without an unknown token).
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoded = self.inner.encode_fast(text, false).map_err(|error| self.failed(&error))?;
-        Ok(encoded.get_ids().to_vec())
+    pub fn encode(&self, text: &str) -> Result<Tokens> {
+        let by_word = self.words.as_ref().map_or(Ok(None), |words| words.encode(&self.inner, text));
+        match by_word.map_err(|error| self.failed(&error))? {
+            Some(tokens) => Ok(tokens),
+            None => self.encode_whole(text),
+        }
     }
 
-    /// The same with the byte offset in `text` at which each token starts.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_with_starts(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
+    /// By the crate alone.
+    fn encode_whole(&self, text: &str) -> Result<Tokens> {
         let encoded = self.inner.encode(text, false).map_err(|error| self.failed(&error))?;
         Ok((encoded.get_ids().to_vec(), encoded.get_offsets().iter().map(|&(start, _)| start).collect()))
     }
