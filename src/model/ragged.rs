@@ -153,6 +153,17 @@ impl Ragged {
         self.unit_rows.iter().map(|&row| self.rows[row]).collect()
     }
 
+    /// Per row, whether the trainer pads no row of its micro-batch (nor masks a part of it): attention then gets no
+    /// mask (transformers masking_utils.py `_ignore_causal_mask_sdpa`).
+    pub(super) fn unpadded_rows(&self) -> Vec<bool> {
+        let of_unit = |unit: usize| {
+            let rows = self.unit_rows[unit]..self.unit_rows[unit + 1];
+            let line = self.unit_padded[unit] / rows.len().max(1);
+            std::iter::repeat_n(self.filled[rows.clone()].iter().all(|&filled| filled == line), rows.len())
+        };
+        (0..self.units()).flat_map(of_unit).collect()
+    }
+
     /// The units `range` alone.
     pub(super) fn slice(&self, range: Range<usize>) -> Self {
         let rows = self.unit_rows[range.start]..self.unit_rows[range.end];

@@ -67,6 +67,7 @@ impl Key {
             None => hash.update(format!("{:?}", rules.schedule)),
         }
         hash.update(format!("{:?}{:?}{:?}", options.perturb, options.dropout, options.weight_flips));
+        hash.update(format!("{}", options.grouped_attention));
         // On a GPU the shape of a product decides how it is computed.
         hash.update(format!("{}", options.memory == Memory::MicroBatches));
         for intervention in interventions {

@@ -28,7 +28,8 @@ pub(super) fn window(scene: &Scene, segment: &Segment, step: u64, interventions:
 
 /// How the pass of `step` differs from a plain one.
 pub(super) fn pass_options(segment: &Segment, step: u64, interventions: &[Intervention]) -> PassOptions {
-    let mut options = PassOptions::default();
+    let grouped_attention = segment.rules.grouped_attention;
+    let mut options = PassOptions { grouped_attention, ..PassOptions::default() };
     let p = segment.config.lora_dropout as f32;
     let mut masks = 0;
     for intervention in interventions {

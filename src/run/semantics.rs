@@ -74,6 +74,8 @@ pub struct TrainerSemantics {
     pub splits_before_tokenizing: bool,
     /// LLaMA-Factory ≤ 0.9.3 loads the base in the compute dtype (contract 4.2).
     pub base_in_compute_dtype: bool,
+    /// Attention without a mask gets keys and values per group (`enable_gqa`, ≥ 4.54), not repeated per head.
+    pub grouped_attention: bool,
     /// The DeepSpeed engine divides gradients by GA once more (4.46–4.48, contract 5.7).
     pub deepspeed_divides_again: bool,
 }
@@ -100,6 +102,7 @@ impl TrainerSemantics {
             eos_label_at_zero: factory <= Version(0, 9, 3),
             splits_before_tokenizing: factory >= Version(0, 9, 3),
             base_in_compute_dtype: factory <= Version(0, 9, 3),
+            grouped_attention: tf >= Version(4, 54, 0),
             deepspeed_divides_again: (Version(4, 46, 0)..Version(4, 49, 0)).contains(&tf),
         }
     }

@@ -5,6 +5,7 @@
 use half::{bf16, f16};
 
 use crate::device::DType;
+use crate::device::cpu::VectorNorm;
 
 /// What clip_grad_norm_ found and did.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,8 +19,10 @@ pub struct Clip {
 /// `norms`: ‖g_j‖₂ of every gradient tensor, rounded to the tensors' dtype. Each step rounds to that dtype, as the
 /// tensor operations of PyTorch do. `max_norm` ≤ 0 clips nothing (contract 5.5: transformers 5 then passes infinity).
 pub fn clip(norms: &[f32], max_norm: f64, dtype: DType) -> Clip {
-    let sum: f64 = norms.iter().map(|&n| f64::from(round(n, dtype)).powi(2)).sum();
-    let norm = round(sum.sqrt() as f32, dtype);
+    let norms: Vec<f32> = norms.iter().map(|&n| round(n, dtype)).collect();
+    let mut total = VectorNorm::default();
+    total.add(&norms);
+    let norm = round(total.finish(), dtype);
     if max_norm <= 0.0 {
         return Clip { norm, coefficient: 1.0 };
     }

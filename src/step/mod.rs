@@ -38,6 +38,8 @@ pub struct StepRules {
     pub logged_learning_rate: LoggedLearningRate,
     /// A skipped fp16 step still advances the schedule (fused AdamW, contract 15.4).
     pub skip_advances_schedule: bool,
+    /// See [`TrainerSemantics::grouped_attention`].
+    pub grouped_attention: bool,
 }
 
 impl StepRules {
@@ -64,6 +66,7 @@ impl StepRules {
             logging_first_step: config.logging_first_step,
             logged_learning_rate: semantics.logged_lr,
             skip_advances_schedule: semantics.skip_advances_schedule,
+            grouped_attention: semantics.grouped_attention,
         })
     }
 

@@ -137,8 +137,15 @@ impl Inputs {
         let (x, y) = (make(s.n, s.hidden, half), make(s.n, s.hidden, half));
         let rows: Vec<usize> = (0..=s.n / s.row).map(|i| i * s.row).collect();
         let scale = (s.dim as f32).powf(-0.5);
-        let shape =
-            AttentionShape { heads: s.heads, kv_heads: s.heads, head_dim: s.dim, scale, window: None, padded: &[] };
+        let shape = AttentionShape {
+            heads: s.heads,
+            kv_heads: s.heads,
+            head_dim: s.dim,
+            scale,
+            window: None,
+            padded: &[],
+            in_turn: &[],
+        };
         let (o, lse) = device.attention(&x, &y, &x, &rows, &shape, Compute::Bf16).expect("attention");
         let matrix = |_| [(); 4].map(|()| make(1, s.parameters / s.matrices, DType::F32));
         let matrices: Vec<[Tensor; 4]> = (0..s.matrices).map(matrix).collect();

@@ -67,8 +67,15 @@ fn the_last_keys_of_a_padded_length_are_exponentiated_one_by_one() {
     for (n, padded) in [(21, 24), (100, 104), (40, 40)] {
         let name = format!("attention_{n}_{padded}");
         let case = Case::new(&*device, &name, BF16);
-        let shape =
-            AttentionShape { heads: 4, kv_heads: 4, head_dim: 16, scale: 0.25, window: None, padded: &[padded] };
+        let shape = AttentionShape {
+            heads: 4,
+            kv_heads: 4,
+            head_dim: 16,
+            scale: 0.25,
+            window: None,
+            padded: &[padded],
+            in_turn: &[],
+        };
         let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
         let (o, _) = device.attention(&q, &k, &v, &[0, n], &shape, Compute::Bf16).expect("attention");
         assert_equal(&*device, &name, &o, case.values("o"));

@@ -44,7 +44,8 @@ fn nonfinite(device: &dyn Device) {
 /// Everything row-wise on a window of three sequences, and on each of them alone.
 fn cuts(device: &dyn Device) {
     let rows = [0usize, 13, 14, 79];
-    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 16, scale: 0.25, window: None, padded: &[] };
+    let shape =
+        AttentionShape { heads: 2, kv_heads: 1, head_dim: 16, scale: 0.25, window: None, padded: &[], in_turn: &[] };
     for dtype in DTYPES {
         let whole = pass(device, 0..79, &rows, &shape, dtype);
         for span in rows.windows(2) {
@@ -107,7 +108,8 @@ fn pass(
 fn one_thread_and_four_give_the_same_bits_cpu() {
     let one = CpuDevice::new(Some(1)).expect("one thread");
     let four = CpuDevice::new(Some(4)).expect("four threads");
-    let shape = AttentionShape { heads: 6, kv_heads: 3, head_dim: 32, scale: 0.2, window: Some(50), padded: &[] };
+    let shape =
+        AttentionShape { heads: 6, kv_heads: 3, head_dim: 32, scale: 0.2, window: Some(50), padded: &[], in_turn: &[] };
     for dtype in DTYPES {
         let results: Vec<Vec<Vec<f32>>> =
             [&one as &dyn Device, &four].map(|device| wide_pass(device, &shape, dtype)).into();

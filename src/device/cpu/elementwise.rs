@@ -143,6 +143,7 @@ fn gate_grad_run(d: &[f32], g: &[f32], u: &[f32], d_gate: &mut [f32], d_up: &mut
         *d_up = round.apply(d * round.apply(g / denominator));
         // d_act is an op's output of its own; aten's silu_backward then works in f32.
         let d_act = round.apply(d * u);
-        *d_gate = round.apply(d_act * sigmoid * (1.0 + g * (1.0 - sigmoid)));
+        // The compiler of PyTorch contracts 1 + g·(1 − σ) to one multiply-add.
+        *d_gate = round.apply(d_act * sigmoid * g.mul_add(1.0 - sigmoid, 1.0));
     }
 }

@@ -85,22 +85,61 @@ pub fn exp_flash(x: f32) -> f32 {
     }
 }
 
-/// Σ f(x[0][i], x[1][i], …) over slices of one length, in [`LANES`] partial sums, combined pairwise: one fixed order for
-/// every caller.
+/// Σ f(x[0][i], x[1][i], …) over slices of one length, in [`LANES`] partial sums, combined pairwise.
 #[inline(always)]
 pub fn sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let whole = vectors(&x);
+    sum_in_lanes::<LANES, N>(x, f)
+}
+
+/// [`sum`] in `L` partial sums, a power of two.
+#[inline(always)]
+pub fn sum_in_lanes<const L: usize, const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
+    assert!(x.iter().all(|other| other.len() == x[0].len()), "slices of one length");
+    let mut lanes = [0f32; L];
+    let whole = x[0].len() / L;
     for vector in 0..whole {
-        add_terms(&mut lanes, &x, LANES * vector, &f);
+        add_terms(&mut lanes, &x, L * vector, &f);
     }
-    for i in whole * LANES..x[0].len() {
-        lanes[i - whole * LANES] += f(x.map(|x| x[i]));
+    for i in whole * L..x[0].len() {
+        lanes[i - whole * L] += f(x.map(|x| x[i]));
     }
     fold(lanes, |a, b| a + b)
 }
 
-/// The same sum in the order of torch.sum over a contiguous last dimension (SumKernel.cpp `vectorized_inner_sum`, which
+/// ‖x‖₂ of a contiguous tensor as torch.linalg.vector_norm has it (ReduceOpsKernel.cpp
+/// `norm_kernel_tensor_iterator_impl`, which PyTorch builds for AVX2): eight lanes of squares in f32, the lanes one after
+/// another, then what is left of the tensor. It overflows where PyTorch's does.
+#[derive(Default)]
+pub struct VectorNorm {
+    lanes: [f32; 8],
+    rest: [f32; 7],
+    left: usize,
+}
+
+impl VectorNorm {
+    /// The next elements; all runs but the last are multiples of 8 long.
+    #[inline(always)]
+    pub fn add(&mut self, x: &[f32]) {
+        assert!(self.left == 0, "a run that is no multiple of 8 comes last");
+        let (whole, rest) = x.split_at(x.len() / 8 * 8);
+        let mut lanes = self.lanes;
+        for x in whole.chunks_exact(8) {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += x * x;
+            }
+        }
+        self.lanes = lanes;
+        self.rest[..rest.len()].copy_from_slice(rest);
+        self.left = rest.len();
+    }
+
+    pub fn finish(&self) -> f32 {
+        let sum = self.lanes.iter().skip(1).fold(self.lanes[0], |sum, lane| sum + lane);
+        self.rest[..self.left].iter().fold(sum, |sum, x| sum + x * x).sqrt()
+    }
+}
+
+/// [`sum`] in the order of torch.sum over a contiguous last dimension (SumKernel.cpp `vectorized_inner_sum`, which
 /// PyTorch builds for AVX2 and also uses on processors with AVX-512): four interleaved vectors of 8 lanes, whose
 /// partial sums cascade through four levels; then the scalar tail, then the lanes one after another.
 #[inline(always)]
@@ -146,13 +185,6 @@ pub fn torch_sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) ->
     lanes.iter().fold(tail, |sum, lane| sum + lane)
 }
 
-/// Whole vectors of [`LANES`] in slices of one length.
-#[inline(always)]
-fn vectors<const N: usize>(x: &[&[f32]; N]) -> usize {
-    assert!(x.iter().all(|other| other.len() == x[0].len()), "slices of one length");
-    x[0].len() / LANES
-}
-
 #[inline(always)]
 fn add_lanes(sums: &mut [f32], other: &[f32]) {
     for (sum, x) in sums.iter_mut().zip(other) {
@@ -191,10 +223,10 @@ pub fn max(x: &[f32]) -> f32 {
     fold(lanes, |a, b| if a.is_nan() { a } else { pick(a, b) })
 }
 
-/// Combines lanes pairwise: 16 → 8 → 4 → 2 → 1.
+/// Combines lanes pairwise: … 16 → 8 → 4 → 2 → 1.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut width = LANES / 2;
+fn fold<const L: usize>(mut lanes: [f32; L], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = L / 2;
     while width > 0 {
         for l in 0..width {
             lanes[l] = f(lanes[l], lanes[l + width]);

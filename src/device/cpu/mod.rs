@@ -22,6 +22,7 @@ mod values;
 
 pub use buffer::Buffer;
 pub use mapped::MappedBytes;
+pub use math::VectorNorm;
 
 use super::checks::{Sums, Weights};
 use super::{AdamW, AttentionShape, Compute, DType, Device, LowRank, Offsets, Statistics, Tensor};

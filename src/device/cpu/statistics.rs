@@ -3,7 +3,7 @@
 //! Classes are decided on the bits of |x|, so that NaN and the ends of the target's range need no care; sums are f64.
 
 use super::CpuDevice;
-use super::math::LANES;
+use super::math::{LANES, VectorNorm};
 use super::simd::vectorised;
 use super::values::{Elements, elements, expect_offsets};
 use crate::Result;
@@ -63,23 +63,24 @@ impl CpuDevice {
     pub(super) fn norms_impl(&self, x: &Tensor, units: &[usize]) -> Result<Vec<(f32, u64)>> {
         expect_offsets(units, x.rows(), "norms")?;
         let source = elements(x)?;
-        let pieces = pieces(units, x.columns());
-        let parts = self.workers.map(pieces.len(), x.elements(), |i| {
-            let (_, at, n) = pieces[i];
+        Ok(self.workers.map(units.len() - 1, x.elements(), |unit| {
+            let (mut at, end) = (units[unit] * x.columns(), units[unit + 1] * x.columns());
+            let (mut norm, mut nonfinite) = (VectorNorm::default(), 0);
             let mut scratch = [0f32; PIECE];
-            let values = borrow(&source, at, n, &mut scratch);
-            vectorised(
-                #[inline(always)]
-                || squares(values),
-            )
-        });
-        let mut sums = vec![(0f64, 0u64); units.len() - 1];
-        for ((unit, ..), (sum, nonfinite)) in pieces.iter().zip(parts) {
-            sums[*unit].0 += sum;
-            sums[*unit].1 += nonfinite;
-        }
-        // The sum goes through f32 because PyTorch's does: it overflows where PyTorch's overflows.
-        Ok(sums.into_iter().map(|(sum, nonfinite)| ((sum as f32).sqrt(), nonfinite)).collect())
+            while at < end {
+                let n = PIECE.min(end - at);
+                let values = borrow(&source, at, n, &mut scratch);
+                nonfinite += vectorised(
+                    #[inline(always)]
+                    || {
+                        norm.add(values);
+                        values.iter().map(|x| u64::from(!x.is_finite())).sum::<u64>()
+                    },
+                );
+                at += n;
+            }
+            (norm.finish(), nonfinite)
+        }))
     }
 }
 
@@ -105,28 +106,6 @@ fn borrow<'a>(source: &Elements<'a>, at: usize, n: usize, scratch: &'a mut [f32;
             source.read(at, &mut scratch[..n]);
             &scratch[..n]
         }
-    }
-}
-
-/// Σx² over everything (NaN and infinity included) and the count of non-finite elements.
-#[inline(always)]
-fn squares(values: &[f32]) -> (f64, u64) {
-    let mut sums = [0f64; LANES];
-    let mut nonfinite = [0u32; LANES];
-    let mut chunks = values.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        add_squares(chunk, &mut sums, &mut nonfinite);
-    }
-    add_squares(chunks.remainder(), &mut sums, &mut nonfinite);
-    (sums.iter().sum(), nonfinite.iter().map(|&c| c as u64).sum())
-}
-
-#[inline(always)]
-fn add_squares(chunk: &[f32], sums: &mut [f64; LANES], nonfinite: &mut [u32; LANES]) {
-    for (l, &x) in chunk.iter().enumerate() {
-        let wide = x as f64;
-        sums[l] = wide.mul_add(wide, sums[l]);
-        nonfinite[l] += ((x.to_bits() & 0x7fff_ffff) >= INFINITY) as u32;
     }
 }
 

@@ -2,13 +2,13 @@
 //!
 //! Blocks of queries × blocks of keys, as PyTorch's CPU kernel walks them: for half operands it keeps dq, dk, dv in
 //! half between blocks, which one can see in the results, so the rounding is repeated here. Query heads that share a
-//! key/value head are summed at the end (the backward of transformers' repeat_kv; its `enable_gqa`, used where a
-//! batch has no padding at all, adds them in turn).
+//! key/value head are summed at the end (the backward of transformers' repeat_kv), or in turn (`enable_gqa`).
 
 use std::ops::Range;
 
-use super::combine::{NARROW, Transposed, combine};
+use super::combine::{NARROW, Order, Terms, Transposed, combine};
 use super::{Head, KEYS, Plan, output_dtype};
+use crate::device::Compute;
 use crate::device::cpu::math;
 use crate::device::cpu::rounding::{self, Round, round_operand, with_round};
 use crate::device::cpu::simd::vectorised;
@@ -41,24 +41,37 @@ struct Block {
     keys: Range<usize>,
 }
 
-/// Writes dq, dk, dv of (first row, length, key/value head) of a sequence padded to `padded`.
+/// Writes dq, dk, dv of a task's sequence and key/value head.
 pub fn task(
     plan: &Plan<'_>,
     head: &Head,
-    (first, length, kv): (usize, usize, usize),
-    padded: usize,
+    task: usize,
     saved: &Saved<'_>,
     (dq, dk, dv): (&Shared<'_>, &Shared<'_>, &Shared<'_>),
 ) {
     let hd = plan.shape.head_dim;
-    let transposed = (Transposed::new(&head.k, length), Transposed::new(&head.v, length));
-    let queries = query_block(padded);
+    let (first, length, kv) = plan.task(task);
+    let in_turn = plan.in_turn(task);
+    let scaled = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| plan.shape.scale * x).collect() };
+    let scaled_k = scaled(&head.k);
+    let half = output_dtype(plan.compute).is_half();
+    let (q, k, scale) = match half {
+        true => (&head.q, &head.k, plan.shape.scale),
+        false => (&scaled(&head.q), &scaled_k, 1.0),
+    };
+    let operands = Operands {
+        k,
+        transposed_k: Transposed::new(&scaled_k, length),
+        transposed_v: Transposed::new(&head.v, length),
+        scale,
+    };
+    let queries = query_block(plan.padded(task));
     let stride = KEYS.min(length).next_multiple_of(NARROW) + NARROW;
     let cells = || vec![0f32; queries.min(length) * stride];
     let mut work = Work { stride, scores: vec![0f32; KEYS], p: cells(), ds: cells(), sum: vec![0f32; hd] };
-    let (mut dk_sum, mut dv_sum) = (vec![0f32; length * hd], vec![0f32; length * hd]);
+    let zeros = || vec![0f32; length * hd];
+    let (mut dk_sum, mut dv_sum, mut dk_head, mut dv_head) = (zeros(), zeros(), zeros(), zeros());
     for h in 0..plan.group {
-        let (mut dk_head, mut dv_head) = (vec![0f32; length * hd], vec![0f32; length * hd]);
         for start in (0..length).step_by(queries) {
             let queries = start..(start + queries).min(length);
             for keys in (plan.first_key(start) / KEYS * KEYS..queries.end).step_by(KEYS) {
@@ -68,17 +81,20 @@ pub fn task(
                     // SAFETY: row and head belong to this task alone.
                     let dq = unsafe { dq.slice(at * hd, hd) };
                     let row = Row { i, row: h * length + i, o: &saved.o[at * hd..][..hd], lse: saved.lse[at] };
-                    query(plan, head, (&transposed, saved.d_o), &block, &row, &mut work, dq);
+                    query(plan, (&head.q, &operands, saved.d_o), &block, &row, &mut work, dq);
                 }
                 let of_head = h * length * hd..(h + 1) * length * hd;
-                let (q, d_o) = (&head.q[of_head.clone()], &saved.d_o[of_head]);
+                let (q, d_o) = (&q[of_head.clone()], &saved.d_o[of_head]);
                 let Work { p, ds, sum, .. } = &mut work;
                 keys_of_block(plan, &block, (p, stride), (d_o, 1.0), sum, &mut dv_head);
-                keys_of_block(plan, &block, (ds, stride), (q, plan.shape.scale), sum, &mut dk_head);
+                keys_of_block(plan, &block, (ds, stride), (q, scale), sum, &mut dk_head);
             }
         }
-        for (sum, part) in [(&mut dk_sum, &dk_head), (&mut dv_sum, &dv_head)] {
-            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        if in_turn && h + 1 < plan.group {
+            continue;
+        }
+        for (sum, part) in [(&mut dk_sum, &mut dk_head), (&mut dv_sum, &mut dv_head)] {
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += std::mem::take(part));
         }
     }
     for i in 0..length {
@@ -99,6 +115,14 @@ fn query_block(length: usize) -> usize {
     }
 }
 
+/// Order of the terms of dq, dk and dv, of which the first is the `first`th of its block.
+fn order(plan: &Plan<'_>, first: usize) -> Order {
+    match plan.compute {
+        Compute::Bf16 => Order::Pairs { odd: !first.is_multiple_of(2) },
+        _ => Order::Ascending,
+    }
+}
+
 /// One query row.
 struct Row<'a> {
     /// In the sequence.
@@ -109,11 +133,23 @@ struct Row<'a> {
     lse: f32,
 }
 
+/// A sequence's keys and values as the products of a row of queries read them.
+///
+/// PyTorch multiplies the scores of half operands and all products of f32 ones with MKL, whose first operand (keys,
+/// or queries for the gradient of keys) takes the scale before the sum; oneDNN, which computes the other products of
+/// half operands, scales the sum.
+struct Operands<'a> {
+    /// [length][head_dim], for dq, which is scaled by `scale` afterwards.
+    k: &'a [f32],
+    transposed_k: Transposed,
+    transposed_v: Transposed,
+    scale: f32,
+}
+
 /// Fills one row of `work` and adds the row's share of dq.
 fn query(
     plan: &Plan<'_>,
-    head: &Head,
-    ((k, v), d_o): (&(Transposed, Transposed), &[f32]),
+    (q, operands, d_o): (&[f32], &Operands<'_>, &[f32]),
     block: &Block,
     row: &Row<'_>,
     work: &mut Work,
@@ -125,29 +161,30 @@ fn query(
     if first >= end {
         return;
     }
-    let (q, d_o) = (&head.q[row.row * hd..][..hd], &d_o[row.row * hd..][..hd]);
+    let (q, d_o) = (&q[row.row * hd..][..hd], &d_o[row.row * hd..][..hd]);
     let cells = (row.i - block.queries.start) * work.stride + (first - block.keys.start);
     let count = end - first;
     let Work { scores, p, ds, sum, .. } = work;
     vectorised(
         #[inline(always)]
         || {
-            k.dot(q, first, count, scores);
+            operands.transposed_k.dot(q, first, count, scores);
             let (p, ds) = (&mut p[cells..cells + count], &mut ds[cells..cells + count]);
             for (p, s) in p.iter_mut().zip(scores.iter()) {
-                *p = math::exp(*s * plan.shape.scale - row.lse);
+                *p = math::exp(*s - row.lse);
             }
             let delta = math::sum([d_o, row.o], |[d, o]| d * o);
-            v.dot(d_o, first, count, scores);
+            operands.transposed_v.dot(d_o, first, count, scores);
             for ((ds, &p), dp) in ds.iter_mut().zip(p.iter()).zip(scores.iter()) {
                 *ds = p * (*dp - delta);
             }
             round_operand(p, plan.compute);
             round_operand(ds, plan.compute);
             sum.fill(0.0);
-            combine(|j| ds[j], count, &head.k[first * hd..], hd, sum);
+            let order = order(plan, first - block.keys.start);
+            combine(Terms { weight: |j: usize| ds[j], count, order }, &operands.k[first * hd..], hd, sum);
             for (dq, &sum) in dq.iter_mut().zip(sum.iter()) {
-                *dq += plan.shape.scale * sum;
+                *dq += operands.scale * sum;
             }
         },
     );
@@ -174,7 +211,9 @@ fn keys_of_block(
             }
             let weights = &weights[(first - block.queries.start) * stride + (j - block.keys.start)..];
             sum.fill(0.0);
-            combine(|i| weights[i * stride], last - first, &rows[first * hd..], hd, sum);
+            let order = order(plan, first - block.queries.start);
+            let terms = Terms { weight: |i: usize| weights[i * stride], count: last - first, order };
+            combine(terms, &rows[first * hd..], hd, sum);
             for (total, &part) in total[j * hd..][..hd].iter_mut().zip(sum.iter()) {
                 *total = round.apply(*total + scale * part);
             }

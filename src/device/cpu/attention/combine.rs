@@ -5,38 +5,81 @@ const WIDE: usize = 64;
 /// Lanes of the narrow one; padded operands are multiples of it.
 pub const NARROW: usize = 16;
 
-/// out[l] += Σ_j weight(j)·rows[j·stride + l], j ascending over 0..count: one multiply-add chain per element.
+/// The terms of a sum and their order.
+#[derive(Clone, Copy)]
+pub struct Terms<W> {
+    /// By index from 0.
+    pub weight: W,
+    pub count: usize,
+    pub order: Order,
+}
+
+/// In which order the terms of a sum enter its one chain of multiply-adds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// MKL's.
+    Ascending,
+    /// Pairs, the later term first, as `vdpbf16ps` adds them and so oneDNN. `odd`: the first term is the second of a
+    /// pair whose first one is zero.
+    Pairs { odd: bool },
+}
+
+impl<W: Fn(usize) -> f32> Terms<W> {
+    #[inline(always)]
+    fn each(&self, mut term: impl FnMut(usize, f32)) {
+        let Self { weight, count, order } = self;
+        let mut next = 0;
+        if let Order::Pairs { odd } = *order {
+            if odd && *count > 0 {
+                term(0, weight(0));
+                next = 1;
+            }
+            while next + 1 < *count {
+                term(next + 1, weight(next + 1));
+                term(next, weight(next));
+                next += 2;
+            }
+        }
+        for j in next..*count {
+            term(j, weight(j));
+        }
+    }
+}
+
+/// out[l] += Σ_j weight(j)·rows[j·stride + l]: one multiply-add chain per element.
 #[inline(always)]
-pub fn combine(weight: impl Fn(usize) -> f32 + Copy, count: usize, rows: &[f32], stride: usize, out: &mut [f32]) {
+pub fn combine(terms: Terms<impl Fn(usize) -> f32 + Copy>, rows: &[f32], stride: usize, out: &mut [f32]) {
     let mut at = 0;
     while at + WIDE <= out.len() {
-        block::<WIDE>(weight, count, &rows[at..], stride, &mut out[at..]);
+        block::<WIDE>(terms, &rows[at..], stride, &mut out[at..]);
         at += WIDE;
     }
     // What is left goes in one piece: a single narrow accumulator would wait for each of its own additions.
     let rest = (out.len() - at) / NARROW;
     match rest {
-        3 => block::<48>(weight, count, &rows[at..], stride, &mut out[at..]),
-        2 => block::<32>(weight, count, &rows[at..], stride, &mut out[at..]),
-        1 => block::<NARROW>(weight, count, &rows[at..], stride, &mut out[at..]),
+        3 => block::<48>(terms, &rows[at..], stride, &mut out[at..]),
+        2 => block::<32>(terms, &rows[at..], stride, &mut out[at..]),
+        1 => block::<NARROW>(terms, &rows[at..], stride, &mut out[at..]),
         _ => {}
     }
     at += rest * NARROW;
     for (l, out) in out.iter_mut().enumerate().skip(at) {
-        *out = (0..count).fold(*out, |sum, j| weight(j).mul_add(rows[j * stride + l], sum));
+        terms.each(|j, weight| *out = weight.mul_add(rows[j * stride + l], *out));
     }
 }
 
 #[inline(always)]
-fn block<const W: usize>(weight: impl Fn(usize) -> f32, count: usize, rows: &[f32], stride: usize, out: &mut [f32]) {
+fn block<const W: usize>(terms: Terms<impl Fn(usize) -> f32>, rows: &[f32], stride: usize, out: &mut [f32]) {
     let mut sums = [0f32; W];
     sums.copy_from_slice(&out[..W]);
-    for j in 0..count {
-        let weight = weight(j);
-        for (sum, &x) in sums.iter_mut().zip(&rows[j * stride..][..W]) {
-            *sum = weight.mul_add(x, *sum);
-        }
-    }
+    terms.each(
+        #[inline(always)]
+        |j, weight| {
+            for (sum, &x) in sums.iter_mut().zip(&rows[j * stride..][..W]) {
+                *sum = weight.mul_add(x, *sum);
+            }
+        },
+    );
     out[..W].copy_from_slice(&sums);
 }
 
@@ -65,6 +108,7 @@ impl Transposed {
     pub fn dot(&self, q: &[f32], first: usize, count: usize, s: &mut [f32]) {
         let s = &mut s[..count.next_multiple_of(NARROW)];
         s.fill(0.0);
-        combine(|d| q[d], q.len(), &self.values[first..], self.stride, s);
+        let terms = Terms { weight: |d: usize| q[d], count: q.len(), order: Order::Ascending };
+        combine(terms, &self.values[first..], self.stride, s);
     }
 }

@@ -1,6 +1,6 @@
 //! Attention, forward: one task.
 
-use super::combine::{Transposed, combine};
+use super::combine::{Order, Terms, Transposed, combine};
 use super::{Head, KEYS, Plan, output_dtype};
 use crate::device::Compute;
 use crate::device::cpu::math::{self, LANES};
@@ -74,7 +74,8 @@ fn row(
         }
         let s = &mut s[hidden..];
         round_operand(s, plan.compute);
-        combine(|j| s[j], s.len(), &v[first * hd..], hd, o);
+        let terms = Terms { weight: |j: usize| s[j], count: s.len(), order: Order::Ascending };
+        combine(terms, &v[first * hd..], hd, o);
         max = new_max;
         first = end;
     }
@@ -87,15 +88,17 @@ fn row(
 }
 
 /// s ← e^(s − max), and their sum: approximated in the first `whole` elements as PyTorch's vectors are (sums in
-/// [`LANES`] lanes), exact in the rest (added one after another).
+/// [`LANES`] lanes, for half formats in two such registers), exact in the rest (added one after another).
 #[inline(always)]
 fn exponentials(s: &mut [f32], whole: usize, max: f32, compute: Compute) -> f32 {
     let (vectors, rest) = s.split_at_mut(whole.min(s.len()));
-    if matches!(compute, Compute::Bf16 | Compute::F16) {
+    let sum = if matches!(compute, Compute::Bf16 | Compute::F16) {
         vectors.iter_mut().for_each(|s| *s = math::exp_flash_half(*s - max));
+        math::sum_in_lanes::<{ 2 * LANES }, 1>([&*vectors], |[s]| s)
     } else {
         vectors.iter_mut().for_each(|s| *s = math::exp_flash(*s - max));
-    }
+        math::sum([&*vectors], |[s]| s)
+    };
     rest.iter_mut().for_each(|s| *s = f64::from(*s - max).exp() as f32);
-    rest.iter().fold(math::sum([&*vectors], |[s]| s), |sum, s| sum + s)
+    rest.iter().fold(sum, |sum, s| sum + s)
 }

@@ -49,6 +49,9 @@ impl Plan<'_> {
         let (_, length, _) = self.task(task);
         self.shape.padded.get(task / self.shape.kv_heads).map_or(length, |&padded| padded.max(length))
     }
+    fn in_turn(&self, task: usize) -> bool {
+        self.shape.in_turn.get(task / self.shape.kv_heads).copied().unwrap_or(false)
+    }
     /// First key that query i may see.
     fn first_key(&self, i: usize) -> usize {
         self.shape.window.map_or(0, |window| (i + 1).saturating_sub(window))
@@ -111,7 +114,7 @@ impl CpuDevice {
                 let head = gather_head(&plan, (&qs, &ks, &vs), task);
                 let d_o = gather(&d_os, &plan, task, shape.heads);
                 let saved = backward::Saved { d_o: &d_o, o: &os, lse: &lses };
-                backward::task(&plan, &head, plan.task(task), plan.padded(task), &saved, (&dq, &dk, &dv));
+                backward::task(&plan, &head, task, &saved, (&dq, &dk, &dv));
             });
         }
         // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
@@ -144,6 +147,7 @@ fn check<'a>(
     let fits = shape.kv_heads > 0
         && shape.heads.is_multiple_of(shape.kv_heads)
         && (shape.padded.is_empty() || shape.padded.len() == rows.len() - 1)
+        && (shape.in_turn.is_empty() || shape.in_turn.len() == rows.len() - 1)
         && q.columns() == shape.heads * shape.head_dim
         && [k, v].iter().all(|t| t.rows() == n && t.columns() == shape.kv_heads * shape.head_dim);
     expect(fits, "attention", || format!("q {:?}, k {:?}, v {:?}, {shape:?}", q.shape, k.shape, v.shape))?;
