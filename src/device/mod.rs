@@ -191,9 +191,9 @@ pub struct AttentionShape<'a> {
     /// The length that the trainer's batch pads each sequence to; empty: no padding. PyTorch's CPU kernel computes
     /// the last keys of the padded length by other means, which rounding to half makes visible.
     pub padded: &'a [usize],
-    /// Per sequence, whether the query heads of a group add to the gradients of its keys and values one after another,
-    /// as PyTorch's CPU kernel does where keys and values are not repeated per head (`enable_gqa`); empty: nowhere.
-    pub in_turn: &'a [bool],
+    /// Per sequence, whether the trainer does not repeat keys and values per query head (`enable_gqa`): the query heads of
+    /// a group then add to their gradients one after another; empty: nowhere.
+    pub grouped: &'a [bool],
 }
 
 /// A low-rank product x [n, r] · w that is added to a frozen linear's result: x · w [out, r]ᵀ forward, x · w [r, in]

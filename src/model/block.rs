@@ -67,7 +67,7 @@ fn attention_shape<'a>(cx: &'a Context<'_>, layer: usize) -> AttentionShape<'a> 
         scale: (config.head_dim as f64).powf(-0.5) as f32,
         window: config.windows[layer],
         padded: cx.padded,
-        in_turn: &cx.in_turn,
+        grouped: &cx.grouped,
     }
 }
 

@@ -18,8 +18,8 @@ pub(super) struct Context<'a> {
     pub unit_tokens: Vec<usize>,
     /// Per row of the chunk, the length that the trainer pads it to.
     pub padded: &'a [usize],
-    /// Per row of the chunk, as attention asks ([`crate::device::AttentionShape::in_turn`]).
-    pub in_turn: Vec<bool>,
+    /// Per row of the chunk, as attention asks; empty: none is.
+    pub grouped: Vec<bool>,
     /// Index in the window of the chunk's first micro-batch, and of its first token.
     pub first_unit: usize,
     pub first_token: usize,
@@ -33,7 +33,7 @@ const DROPOUT_STREAM: u64 = 1 << 32;
 impl<'a> Context<'a> {
     /// This context with another recorder (a block's second run is not measured again).
     pub fn recording<'b>(&'b self, recorder: &'b Recorder) -> Context<'b> {
-        Context { recorder, unit_tokens: self.unit_tokens.clone(), in_turn: self.in_turn.clone(), ..*self }
+        Context { recorder, unit_tokens: self.unit_tokens.clone(), grouped: self.grouped.clone(), ..*self }
     }
 
     /// x in `dtype`; shared, not copied, when it already is.

@@ -33,8 +33,7 @@ pub struct PassOptions {
     pub probe_range: Option<DType>,
     pub weight_flips: Vec<WeightFlip>,
     pub activation_flips: Vec<ActivationFlip>,
-    /// Micro-batches without padding attend as [`AttentionShape::in_turn`](crate::device::AttentionShape::in_turn)
-    /// says.
+    /// Micro-batches without padding attend in groups ([`AttentionShape::grouped`](crate::device::AttentionShape)).
     pub grouped_attention: bool,
     pub memory: Memory,
 }
@@ -217,7 +216,7 @@ impl Engine {
                 batch: &chunk,
                 unit_tokens: chunk.unit_tokens(),
                 padded: &chunk.padded_rows,
-                in_turn: if options.grouped_attention { chunk.unpadded_rows() } else { Vec::new() },
+                grouped: if options.grouped_attention { chunk.unpadded_rows() } else { Vec::new() },
                 first_unit,
                 first_token: batch.rows[batch.unit_rows[first_unit]],
                 options,

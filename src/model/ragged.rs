@@ -153,8 +153,8 @@ impl Ragged {
         self.unit_rows.iter().map(|&row| self.rows[row]).collect()
     }
 
-    /// Per row, whether the trainer pads no row of its micro-batch (nor masks a part of it): attention then gets no
-    /// mask (transformers masking_utils.py `_ignore_causal_mask_sdpa`).
+    /// Per row, whether the trainer pads no row of its micro-batch nor masks a part of it (transformers then gives
+    /// attention no mask: masking_utils.py `_ignore_causal_mask_sdpa`).
     pub(super) fn unpadded_rows(&self) -> Vec<bool> {
         let of_unit = |unit: usize| {
             let rows = self.unit_rows[unit]..self.unit_rows[unit + 1];

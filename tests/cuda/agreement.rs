@@ -47,7 +47,7 @@ fn attention_rounds_exact_probabilities_cuda() {
     let Some(gpu) = cuda() else { return };
     let (n, dim) = (32, 64);
     let shape =
-        AttentionShape { heads: 1, kv_heads: 1, head_dim: dim, scale: 0.125, window: None, padded: &[], in_turn: &[] };
+        AttentionShape { heads: 1, kv_heads: 1, head_dim: dim, scale: 0.125, window: None, padded: &[], grouped: &[] };
     let inputs: Vec<Vec<f32>> =
         (1..=3).map(|seed| values(n * dim, seed).iter().map(|&x| round(x, DType::BF16)).collect()).collect();
     let (q, k, v) = (&inputs[0], &inputs[1], &inputs[2]);

@@ -144,7 +144,7 @@ impl Inputs {
             scale,
             window: None,
             padded: &[],
-            in_turn: &[],
+            grouped: &[],
         };
         let (o, lse) = device.attention(&x, &y, &x, &rows, &shape, Compute::Bf16).expect("attention");
         let matrix = |_| [(); 4].map(|()| make(1, s.parameters / s.matrices, DType::F32));

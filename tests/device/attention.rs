@@ -79,7 +79,7 @@ fn attention(device: &dyn Device) {
             scale: 1.0 / (head_dim as f32).sqrt(),
             window,
             padded: &[],
-            in_turn: &[],
+            grouped: &[],
         };
         for (dtype, compute) in [
             (DType::F32, Compute::F32),
@@ -132,7 +132,7 @@ fn attention_nan(device: &dyn Device) {
     let (n, hd) = (40, 16);
     let rows = [0, 20, 40];
     let shape =
-        AttentionShape { heads: 1, kv_heads: 1, head_dim: hd, scale: 0.25, window: None, padded: &[], in_turn: &[] };
+        AttentionShape { heads: 1, kv_heads: 1, head_dim: hd, scale: 0.25, window: None, padded: &[], grouped: &[] };
     let mut v = values(n * hd, 3);
     (v[10 * hd], v[30 * hd + 1]) = (f32::NAN, f32::INFINITY);
     let (q, _) = upload(device, &values(n * hd, 1), &[n, hd], DType::F32);

@@ -74,7 +74,7 @@ fn the_last_keys_of_a_padded_length_are_exponentiated_one_by_one() {
             scale: 0.25,
             window: None,
             padded: &[padded],
-            in_turn: &[],
+            grouped: &[],
         };
         let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
         let (o, _) = device.attention(&q, &k, &v, &[0, n], &shape, Compute::Bf16).expect("attention");

@@ -45,7 +45,7 @@ fn nonfinite(device: &dyn Device) {
 fn cuts(device: &dyn Device) {
     let rows = [0usize, 13, 14, 79];
     let shape =
-        AttentionShape { heads: 2, kv_heads: 1, head_dim: 16, scale: 0.25, window: None, padded: &[], in_turn: &[] };
+        AttentionShape { heads: 2, kv_heads: 1, head_dim: 16, scale: 0.25, window: None, padded: &[], grouped: &[] };
     for dtype in DTYPES {
         let whole = pass(device, 0..79, &rows, &shape, dtype);
         for span in rows.windows(2) {
@@ -109,7 +109,7 @@ fn one_thread_and_four_give_the_same_bits_cpu() {
     let one = CpuDevice::new(Some(1)).expect("one thread");
     let four = CpuDevice::new(Some(4)).expect("four threads");
     let shape =
-        AttentionShape { heads: 6, kv_heads: 3, head_dim: 32, scale: 0.2, window: Some(50), padded: &[], in_turn: &[] };
+        AttentionShape { heads: 6, kv_heads: 3, head_dim: 32, scale: 0.2, window: Some(50), padded: &[], grouped: &[] };
     for dtype in DTYPES {
         let results: Vec<Vec<Vec<f32>>> =
             [&one as &dyn Device, &four].map(|device| wide_pass(device, &shape, dtype)).into();

@@ -142,7 +142,7 @@ fn attention(device: &dyn Device) {
                 scale: 1.0 / (head_dim as f32).sqrt(),
                 window: None,
                 padded: &[],
-                in_turn: &[],
+                grouped: &[],
             };
             let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
             let rows = [0, q.rows()];

@@ -93,6 +93,7 @@ fn known(logged: LoggedLearningRate) -> Known {
         logging_first_step: false,
         logged_learning_rate: logged,
         skip_advances_schedule: false,
+        grouped_attention: true,
     };
     let state = TrainState {
         step: 0,

@@ -43,7 +43,7 @@ impl CpuDevice {
 fn one_row(row: &mut [f32], label: usize, seed: f32, round: impl Round) -> f32 {
     let max = math::max(row);
     let sum = math::sum([row], |[x]| math::exp(x - max));
-    let log_sum = sum.ln();
+    let log_sum = math::ln(sum);
     let log_p = (row[label] - max) - log_sum;
     for x in row.iter_mut() {
         *x = round.apply(math::exp((*x - max) - log_sum) * seed);

@@ -34,6 +34,44 @@ pub fn exp(x: f32) -> f32 {
     if x.is_nan() { x } else { scaled }
 }
 
+/// ln x of a positive normal x, NaN and infinity as they are; error ≤ 1 ulp.
+///
+/// x = 2^e·m, m in [0.75, 1.5); ln m = 2·artanh((m − 1)/(m + 1)), summed in pairs of floats. Steps and coefficients are
+/// those of SLEEF's `logf` with 1.0 ulp (sleefsimdsp.c `xlogf_u1`), which PyTorch's log_softmax calls: the same bits.
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    if !x.is_finite() {
+        return x;
+    }
+    const LN2: (f32, f32) = (0.693_147_2, -1.904_654_3e-9);
+    let exponent = ((x * (1.0 / 0.75)).to_bits() >> 23) as i32 - 127;
+    let e = exponent as f32;
+    let m = f32::from_bits(x.to_bits().wrapping_sub((exponent as u32) << 23));
+    let scaled = LN2.0 * e;
+    let power = (scaled, LN2.1.mul_add(e, LN2.0.mul_add(e, -scaled)));
+    let (n, d) = (sum_of(-1.0, m), sum_of(1.0, m));
+    let t = 1.0 / d.0;
+    let q = n.0 * t;
+    let u = t.mul_add(n.0, -q);
+    let v = (-d.1).mul_add(t, (-d.0).mul_add(t, 1.0));
+    let q = (q, q.mul_add(v, n.1.mul_add(t, u)));
+    let square = q.0 * q.0;
+    let p = 0.302_729_5_f32.mul_add(square, 0.399_610_82).mul_add(square, 0.666_669_5);
+    let high = power.0 + 2.0 * q.0;
+    let low = (((power.0 - high) + 2.0 * q.0) + power.1) + 2.0 * q.1;
+    let rest = square * q.0 * p;
+    let sum = high + rest;
+    sum + (((high - sum) + rest) + low)
+}
+
+/// a + b and what rounding it lost.
+#[inline(always)]
+fn sum_of(a: f32, b: f32) -> (f32, f32) {
+    let sum = a + b;
+    let v = sum - a;
+    (sum, (a - (sum - v)) + (b - v))
+}
+
 /// Below it PyTorch's fast exponentials give 0.
 const LN_MIN: f32 = f32::from_bits(0xc2ae_ac50);
 const LN_MAX: f32 = f32::from_bits(0x42b1_7218);

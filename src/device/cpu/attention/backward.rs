@@ -39,6 +39,8 @@ struct Work {
 struct Block {
     queries: Range<usize>,
     keys: Range<usize>,
+    /// Queries and keys of the block in PyTorch's kernel, padding and keys that no query sees included.
+    depth: (usize, usize),
 }
 
 /// Writes dq, dk, dv of a task's sequence and key/value head.
@@ -51,7 +53,7 @@ pub fn task(
 ) {
     let hd = plan.shape.head_dim;
     let (first, length, kv) = plan.task(task);
-    let in_turn = plan.in_turn(task);
+    let grouped = plan.grouped(task);
     let scaled = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| plan.shape.scale * x).collect() };
     let scaled_k = scaled(&head.k);
     let half = output_dtype(plan.compute).is_half();
@@ -65,7 +67,7 @@ pub fn task(
         transposed_v: Transposed::new(&head.v, length),
         scale,
     };
-    let queries = query_block(plan.padded(task));
+    let (padded, queries) = (plan.padded(task), query_block(plan.padded(task)));
     let stride = KEYS.min(length).next_multiple_of(NARROW) + NARROW;
     let cells = || vec![0f32; queries.min(length) * stride];
     let mut work = Work { stride, scores: vec![0f32; KEYS], p: cells(), ds: cells(), sum: vec![0f32; hd] };
@@ -73,9 +75,11 @@ pub fn task(
     let (mut dk_sum, mut dv_sum, mut dk_head, mut dv_head) = (zeros(), zeros(), zeros(), zeros());
     for h in 0..plan.group {
         for start in (0..length).step_by(queries) {
-            let queries = start..(start + queries).min(length);
+            let padded_end = (start + queries).min(padded);
+            let queries = start..padded_end.min(length);
             for keys in (plan.first_key(start) / KEYS * KEYS..queries.end).step_by(KEYS) {
-                let block = Block { queries: queries.clone(), keys: keys..(keys + KEYS).min(queries.end) };
+                let depth = (padded_end - start, plan.block_keys(task, keys));
+                let block = Block { queries: queries.clone(), keys: keys..(keys + KEYS).min(queries.end), depth };
                 for i in block.queries.clone() {
                     let at = (first + i) * plan.shape.heads + kv * plan.group + h;
                     // SAFETY: row and head belong to this task alone.
@@ -90,7 +94,7 @@ pub fn task(
                 keys_of_block(plan, &block, (ds, stride), (q, scale), sum, &mut dk_head);
             }
         }
-        if in_turn && h + 1 < plan.group {
+        if grouped && h + 1 < plan.group {
             continue;
         }
         for (sum, part) in [(&mut dk_sum, &mut dk_head), (&mut dv_sum, &mut dv_head)] {
@@ -115,11 +119,11 @@ fn query_block(length: usize) -> usize {
     }
 }
 
-/// Order of the terms of dq, dk and dv, of which the first is the `first`th of its block.
-fn order(plan: &Plan<'_>, first: usize) -> Order {
+/// Order of the terms of dq, dk and dv: a product of depth `depth` whose first `before` terms are zero.
+fn order(plan: &Plan<'_>, depth: usize, before: usize) -> Order {
     match plan.compute {
-        Compute::Bf16 => Order::Pairs { odd: !first.is_multiple_of(2) },
-        _ => Order::Ascending,
+        Compute::Bf16 => Order::Pairs { odd: !before.is_multiple_of(2) },
+        _ => Order::mkl(depth, before),
     }
 }
 
@@ -180,12 +184,9 @@ fn query(
             }
             round_operand(p, plan.compute);
             round_operand(ds, plan.compute);
-            sum.fill(0.0);
-            let order = order(plan, first - block.keys.start);
-            combine(Terms { weight: |j: usize| ds[j], count, order }, &operands.k[first * hd..], hd, sum);
-            for (dq, &sum) in dq.iter_mut().zip(sum.iter()) {
-                *dq += operands.scale * sum;
-            }
+            let order = order(plan, block.depth.1, first - block.keys.start);
+            let terms = Terms { weight: |j: usize| ds[j], count, order };
+            add_scaled(terms, &operands.k[first * hd..], operands.scale, sum, dq);
         },
     );
     rounding::round_slice(dq, output_dtype(plan.compute));
@@ -210,13 +211,27 @@ fn keys_of_block(
                 continue;
             }
             let weights = &weights[(first - block.queries.start) * stride + (j - block.keys.start)..];
-            sum.fill(0.0);
-            let order = order(plan, first - block.queries.start);
+            let order = order(plan, block.depth.0, first - block.queries.start);
             let terms = Terms { weight: |i: usize| weights[i * stride], count: last - first, order };
-            combine(terms, &rows[first * hd..], hd, sum);
-            for (total, &part) in total[j * hd..][..hd].iter_mut().zip(sum.iter()) {
-                *total = round.apply(*total + scale * part);
+            let total = &mut total[j * hd..][..hd];
+            add_scaled(terms, &rows[first * hd..], scale, sum, total);
+            for total in total {
+                *total = round.apply(*total);
             }
         },
     ));
+}
+
+/// out[l] += scale·Σ_j weight(j)·rows[j·head_dim + l]; `sum` is scratch.
+#[inline(always)]
+fn add_scaled(terms: Terms<impl Fn(usize) -> f32 + Copy>, rows: &[f32], scale: f32, sum: &mut [f32], out: &mut [f32]) {
+    let head_dim = out.len();
+    if scale == 1.0 {
+        return combine(terms, rows, head_dim, out);
+    }
+    sum.fill(0.0);
+    combine(terms, rows, head_dim, sum);
+    for (out, &sum) in out.iter_mut().zip(sum.iter()) {
+        *out += scale * sum;
+    }
 }

@@ -1,5 +1,9 @@
 //! The inner loop of every product of attention, and transposed operands for it.
 
+use std::ops::Range;
+
+use crate::device::cpu::gemm::mkl_block;
+
 /// Lanes of the widest accumulator: four AVX-512 registers.
 const WIDE: usize = 64;
 /// Lanes of the narrow one; padded operands are multiples of it.
@@ -14,65 +18,93 @@ pub struct Terms<W> {
     pub order: Order,
 }
 
-/// In which order the terms of a sum enter its one chain of multiply-adds.
+/// In which order the terms of a sum are added: chains of multiply-adds from zero, which are added to what is there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// MKL's.
-    Ascending,
-    /// Pairs, the later term first, as `vdpbf16ps` adds them and so oneDNN. `odd`: the first term is the second of a
-    /// pair whose first one is zero.
+    /// MKL's: ascending, a chain for every `part` of them. `before` terms of the first part are zero and left out.
+    Chains { part: usize, before: usize },
+    /// oneDNN's: one chain of pairs, the later term first, as `vdpbf16ps` adds them. `odd`: the first term is the second
+    /// of a pair whose first one is zero.
     Pairs { odd: bool },
 }
 
+impl Order {
+    /// MKL's, for a product of depth `depth` whose first `before` terms are zero.
+    pub fn mkl(depth: usize, before: usize) -> Self {
+        Order::Chains { part: mkl_block(depth).max(1), before }
+    }
+}
+
 impl<W: Fn(usize) -> f32> Terms<W> {
+    /// Ranges of terms that form a chain each.
     #[inline(always)]
-    fn each(&self, mut term: impl FnMut(usize, f32)) {
-        let Self { weight, count, order } = self;
-        let mut next = 0;
-        if let Order::Pairs { odd } = *order {
-            if odd && *count > 0 {
-                term(0, weight(0));
-                next = 1;
+    fn chains(&self) -> impl Iterator<Item = Range<usize>> + use<W> {
+        let count = self.count;
+        let (part, before) = match self.order {
+            Order::Chains { part, before } => (part, before % part),
+            Order::Pairs { .. } => (count.max(1), 0),
+        };
+        (0..(before + count).div_ceil(part))
+            .map(move |i| (part * i).saturating_sub(before)..(part * (i + 1) - before).min(count))
+    }
+
+    /// The terms of a chain in order.
+    #[inline(always)]
+    fn each(&self, chain: Range<usize>, mut term: impl FnMut(usize, f32)) {
+        let mut next = chain.start;
+        if let Order::Pairs { odd } = self.order {
+            if odd && next < chain.end {
+                term(next, (self.weight)(next));
+                next += 1;
             }
-            while next + 1 < *count {
-                term(next + 1, weight(next + 1));
-                term(next, weight(next));
+            while next + 1 < chain.end {
+                term(next + 1, (self.weight)(next + 1));
+                term(next, (self.weight)(next));
                 next += 2;
             }
         }
-        for j in next..*count {
-            term(j, weight(j));
+        for j in next..chain.end {
+            term(j, (self.weight)(j));
         }
     }
 }
 
-/// out[l] += Σ_j weight(j)·rows[j·stride + l]: one multiply-add chain per element.
+/// out[l] += Σ_j weight(j)·rows[j·stride + l].
 #[inline(always)]
 pub fn combine(terms: Terms<impl Fn(usize) -> f32 + Copy>, rows: &[f32], stride: usize, out: &mut [f32]) {
-    let mut at = 0;
-    while at + WIDE <= out.len() {
-        block::<WIDE>(terms, &rows[at..], stride, &mut out[at..]);
-        at += WIDE;
-    }
-    // What is left goes in one piece: a single narrow accumulator would wait for each of its own additions.
-    let rest = (out.len() - at) / NARROW;
-    match rest {
-        3 => block::<48>(terms, &rows[at..], stride, &mut out[at..]),
-        2 => block::<32>(terms, &rows[at..], stride, &mut out[at..]),
-        1 => block::<NARROW>(terms, &rows[at..], stride, &mut out[at..]),
-        _ => {}
-    }
-    at += rest * NARROW;
-    for (l, out) in out.iter_mut().enumerate().skip(at) {
-        terms.each(|j, weight| *out = weight.mul_add(rows[j * stride + l], *out));
+    for chain in terms.chains() {
+        let mut at = 0;
+        while at + WIDE <= out.len() {
+            block::<WIDE>((terms, chain.clone()), &rows[at..], stride, &mut out[at..]);
+            at += WIDE;
+        }
+        // What is left goes in one piece: a single narrow accumulator would wait for each of its own additions.
+        let rest = (out.len() - at) / NARROW;
+        match rest {
+            3 => block::<48>((terms, chain.clone()), &rows[at..], stride, &mut out[at..]),
+            2 => block::<32>((terms, chain.clone()), &rows[at..], stride, &mut out[at..]),
+            1 => block::<NARROW>((terms, chain.clone()), &rows[at..], stride, &mut out[at..]),
+            _ => {}
+        }
+        at += rest * NARROW;
+        for (l, out) in out.iter_mut().enumerate().skip(at) {
+            let mut sum = 0f32;
+            terms.each(chain.clone(), |j, weight| sum = weight.mul_add(rows[j * stride + l], sum));
+            *out += sum;
+        }
     }
 }
 
 #[inline(always)]
-fn block<const W: usize>(terms: Terms<impl Fn(usize) -> f32>, rows: &[f32], stride: usize, out: &mut [f32]) {
+fn block<const W: usize>(
+    (terms, chain): (Terms<impl Fn(usize) -> f32>, Range<usize>),
+    rows: &[f32],
+    stride: usize,
+    out: &mut [f32],
+) {
     let mut sums = [0f32; W];
-    sums.copy_from_slice(&out[..W]);
     terms.each(
+        chain,
         #[inline(always)]
         |j, weight| {
             for (sum, &x) in sums.iter_mut().zip(&rows[j * stride..][..W]) {
@@ -80,7 +112,9 @@ fn block<const W: usize>(terms: Terms<impl Fn(usize) -> f32>, rows: &[f32], stri
             }
         },
     );
-    out[..W].copy_from_slice(&sums);
+    for (out, sum) in out[..W].iter_mut().zip(sums) {
+        *out += sum;
+    }
 }
 
 /// Rows of a transposed operand: x [length][head_dim] as [head_dim][stride], zeros past `length`.
@@ -108,7 +142,7 @@ impl Transposed {
     pub fn dot(&self, q: &[f32], first: usize, count: usize, s: &mut [f32]) {
         let s = &mut s[..count.next_multiple_of(NARROW)];
         s.fill(0.0);
-        let terms = Terms { weight: |d: usize| q[d], count: q.len(), order: Order::Ascending };
+        let terms = Terms { weight: |d: usize| q[d], count: q.len(), order: Order::mkl(q.len(), 0) };
         combine(terms, &self.values[first..], self.stride, s);
     }
 }

@@ -8,30 +8,21 @@ use crate::device::cpu::rounding::{self, round_operand};
 use crate::device::cpu::simd::vectorised;
 use crate::device::cpu::threads::Shared;
 
-/// Where a task's sequence lies.
-pub struct Place {
-    /// First row.
-    pub first: usize,
-    /// Key/value head.
-    pub kv: usize,
-    /// Length with padding.
-    pub padded: usize,
-}
-
 /// Writes the rows of o and lse that belong to a sequence and key/value head.
-pub fn task(plan: &Plan<'_>, head: &Head, place: &Place, (o, lse): (&Shared<'_>, &Shared<'_>)) {
+pub fn task(plan: &Plan<'_>, head: &Head, task: usize, (o, lse): (&Shared<'_>, &Shared<'_>)) {
     let hd = plan.shape.head_dim;
+    let (first, _, kv) = plan.task(task);
     let keys = Transposed::new(&head.k, head.length);
     let mut scores = vec![0f32; KEYS];
     for h in 0..plan.group {
         for i in 0..head.length {
-            let at = (place.first + i) * plan.shape.heads + place.kv * plan.group + h;
+            let at = (first + i) * plan.shape.heads + kv * plan.group + h;
             // SAFETY: row and head belong to this task alone.
             let (o, lse) = unsafe { (o.slice(at * hd, hd), lse.slice(at, 1)) };
             let q = &head.q[(h * head.length + i) * hd..][..hd];
             lse[0] = vectorised(
                 #[inline(always)]
-                || row(plan, (&keys, &head.v), (i, place.padded), q, &mut scores, o),
+                || row(plan, (&keys, &head.v), (task, i), q, &mut scores, o),
             );
         }
     }
@@ -42,12 +33,13 @@ pub fn task(plan: &Plan<'_>, head: &Head, place: &Place, (o, lse): (&Shared<'_>,
 fn row(
     plan: &Plan<'_>,
     (keys, v): (&Transposed, &[f32]),
-    (i, padded): (usize, usize),
+    (task, i): (usize, usize),
     q: &[f32],
     scores: &mut [f32],
     o: &mut [f32],
 ) -> f32 {
     let hd = o.len();
+    let padded = plan.padded(task);
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0f32);
     let mut first = plan.first_key(i);
     o.fill(0.0);
@@ -74,7 +66,8 @@ fn row(
         }
         let s = &mut s[hidden..];
         round_operand(s, plan.compute);
-        let terms = Terms { weight: |j: usize| s[j], count: s.len(), order: Order::Ascending };
+        let order = Order::mkl(plan.block_keys(task, block), first - block);
+        let terms = Terms { weight: |j: usize| s[j], count: s.len(), order };
         combine(terms, &v[first * hd..], hd, o);
         max = new_max;
         first = end;

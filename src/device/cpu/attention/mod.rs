@@ -49,8 +49,12 @@ impl Plan<'_> {
         let (_, length, _) = self.task(task);
         self.shape.padded.get(task / self.shape.kv_heads).map_or(length, |&padded| padded.max(length))
     }
-    fn in_turn(&self, task: usize) -> bool {
-        self.shape.in_turn.get(task / self.shape.kv_heads).copied().unwrap_or(false)
+    fn grouped(&self, task: usize) -> bool {
+        self.shape.grouped.get(task / self.shape.kv_heads).copied().unwrap_or(false)
+    }
+    /// Keys in PyTorch's block from key `first` on, those that no query may see included.
+    fn block_keys(&self, task: usize, first: usize) -> usize {
+        (self.padded(task) - first).min(KEYS)
     }
     /// First key that query i may see.
     fn first_key(&self, i: usize) -> usize {
@@ -78,10 +82,8 @@ impl CpuDevice {
         {
             let (o, lse) = (Shared::new(&mut o), Shared::new(&mut lse));
             self.workers.each(plan.tasks(), plan.work(), |task| {
-                let (first, _, kv) = plan.task(task);
                 let head = gather_head(&plan, (&qs, &ks, &vs), task);
-                let at = forward::Place { first, kv, padded: plan.padded(task) };
-                forward::task(&plan, &head, &at, (&o, &lse));
+                forward::task(&plan, &head, task, (&o, &lse));
             });
         }
         let dtype = output_dtype(compute);
@@ -147,7 +149,7 @@ fn check<'a>(
     let fits = shape.kv_heads > 0
         && shape.heads.is_multiple_of(shape.kv_heads)
         && (shape.padded.is_empty() || shape.padded.len() == rows.len() - 1)
-        && (shape.in_turn.is_empty() || shape.in_turn.len() == rows.len() - 1)
+        && (shape.grouped.is_empty() || shape.grouped.len() == rows.len() - 1)
         && q.columns() == shape.heads * shape.head_dim
         && [k, v].iter().all(|t| t.rows() == n && t.columns() == shape.kv_heads * shape.head_dim);
     expect(fits, "attention", || format!("q {:?}, k {:?}, v {:?}, {shape:?}", q.shape, k.shape, v.shape))?;

@@ -14,7 +14,8 @@ pub const ROWS: usize = 14;
 /// Most columns of any tile.
 pub const COLUMNS: usize = 32;
 
-/// (units of depth, A panel, B panel, C tile, elements between rows of C, add to C instead of overwriting it).
+/// (units of depth, A panel, B panel, C tile, elements between rows of C, add to C instead of overwriting it). The sums
+/// begin at zero and meet C at the end, as MKL and oneDNN add their blocks of depth.
 /// The number of rows is the function's own.
 type TileFunction = unsafe fn(usize, *const u32, *const u32, *mut f32, usize, bool);
 
@@ -179,12 +180,6 @@ unsafe fn portable<const R: usize>(
     // SAFETY: the caller passes panels of `units` units, 4 and 16 lanes wide.
     let (a, b) = unsafe { (std::slice::from_raw_parts(a, units * 4), std::slice::from_raw_parts(b, units * 16)) };
     let mut sums = [[0f32; 16]; R];
-    for (r, sums) in sums.iter_mut().enumerate() {
-        if accumulate {
-            // SAFETY: the caller passes R rows of 16 elements, `stride` apart.
-            sums.copy_from_slice(unsafe { std::slice::from_raw_parts(c.add(r * stride), 16) });
-        }
-    }
     for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(16)) {
         for (sums, &a) in sums.iter_mut().zip(a) {
             for (sum, &b) in sums.iter_mut().zip(b) {
@@ -193,8 +188,11 @@ unsafe fn portable<const R: usize>(
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        // SAFETY: as above; nobody else has this tile.
-        unsafe { std::slice::from_raw_parts_mut(c.add(r * stride), 16) }.copy_from_slice(sums);
+        // SAFETY: the caller passes R rows of 16 elements, `stride` apart, that nobody else has.
+        let c = unsafe { std::slice::from_raw_parts_mut(c.add(r * stride), 16) };
+        for (c, sum) in c.iter_mut().zip(sums) {
+            *c = if accumulate { *c + sum } else { *sum };
+        }
     }
 }
 
@@ -219,7 +217,7 @@ mod x86 {
         let (mut a, mut b) = (a.cast::<f32>(), b.cast::<f32>());
         // SAFETY: the caller passes panels of `units` units and a tile of R rows of 32 elements, `stride` apart.
         unsafe {
-            let mut sums = if accumulate { load512::<R>(c, stride) } else { [[_mm512_setzero_ps(); 2]; R] };
+            let mut sums = [[_mm512_setzero_ps(); 2]; R];
             for _ in 0..units {
                 let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
                 for (r, sum) in sums.iter_mut().enumerate() {
@@ -229,12 +227,11 @@ mod x86 {
                 }
                 (a, b) = (a.add(14), b.add(32));
             }
-            store512(&sums, c, stride);
+            store512(sums, c, stride, accumulate);
         }
     }
 
-    /// R × 32, pairs of bf16: each sum adds two products a unit. Panels as above, two elements a unit. The sums begin
-    /// at zero and meet C at the end, as oneDNN adds its blocks of depth.
+    /// R × 32, pairs of bf16: each sum adds two products a unit. Panels as above, two elements a unit.
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn avx512_bf16<const R: usize>(
         units: usize,
@@ -259,36 +256,21 @@ mod x86 {
                 }
                 (a, b) = (a.add(14), b.add(32));
             }
-            if accumulate {
-                for (sum, c) in sums.iter_mut().zip(load512::<R>(c, stride)) {
-                    *sum = [_mm512_add_ps(c[0], sum[0]), _mm512_add_ps(c[1], sum[1])];
+            store512(sums, c, stride, accumulate);
+        }
+    }
+
+    /// C = (C if `accumulate`) + sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store512<const R: usize>(sums: [[__m512; 2]; R], c: *mut f32, stride: usize, accumulate: bool) {
+        for (r, sum) in sums.into_iter().enumerate() {
+            for (half, sum) in sum.into_iter().enumerate() {
+                // SAFETY: the caller passes R rows of 32 elements, `stride` apart, that nobody else has.
+                unsafe {
+                    let c = c.add(r * stride + 16 * half);
+                    _mm512_storeu_ps(c, if accumulate { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum });
                 }
-            }
-            store512(&sums, c, stride);
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load512<const R: usize>(c: *const f32, stride: usize) -> [[__m512; 2]; R] {
-        let mut rows = [[_mm512_setzero_ps(); 2]; R];
-        for (r, row) in rows.iter_mut().enumerate() {
-            // SAFETY: the caller passes R rows of 32 elements, `stride` apart.
-            unsafe {
-                *row = [_mm512_loadu_ps(c.add(r * stride)), _mm512_loadu_ps(c.add(r * stride + 16))];
-            }
-        }
-        rows
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn store512<const R: usize>(sums: &[[__m512; 2]; R], c: *mut f32, stride: usize) {
-        for (r, sum) in sums.iter().enumerate() {
-            // SAFETY: the caller passes R rows of 32 elements, `stride` apart, that nobody else has.
-            unsafe {
-                _mm512_storeu_ps(c.add(r * stride), sum[0]);
-                _mm512_storeu_ps(c.add(r * stride + 16), sum[1]);
             }
         }
     }
@@ -307,11 +289,6 @@ mod x86 {
         // SAFETY: the caller passes panels of `units` units and a tile of R rows of 16 elements, `stride` apart.
         unsafe {
             let mut sums = [[_mm256_setzero_ps(); 2]; R];
-            if accumulate {
-                for (r, sum) in sums.iter_mut().enumerate() {
-                    *sum = [_mm256_loadu_ps(c.add(r * stride)), _mm256_loadu_ps(c.add(r * stride + 8))];
-                }
-            }
             for _ in 0..units {
                 let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
                 for (r, sum) in sums.iter_mut().enumerate() {
@@ -321,9 +298,11 @@ mod x86 {
                 }
                 (a, b) = (a.add(6), b.add(16));
             }
-            for (r, sum) in sums.iter().enumerate() {
-                _mm256_storeu_ps(c.add(r * stride), sum[0]);
-                _mm256_storeu_ps(c.add(r * stride + 8), sum[1]);
+            for (r, sum) in sums.into_iter().enumerate() {
+                for (half, sum) in sum.into_iter().enumerate() {
+                    let c = c.add(r * stride + 8 * half);
+                    _mm256_storeu_ps(c, if accumulate { _mm256_add_ps(_mm256_loadu_ps(c), sum) } else { sum });
+                }
             }
         }
     }

@@ -1,13 +1,15 @@
 //! Matrix products: C [m, n] = A [m, k] · B [k, n], operands rounded to a [`Compute`] format, f32 accumulation.
 //!
-//! Every element of C is one chain of fused multiply-adds over k in ascending order, whatever the tile, the thread or
-//! the instruction set that computes it: the cut of the work (and the rows beside a row) cannot change a bit.
-//! With AVX512-BF16 it is the sum of a few such chains, over pairs of bf16, cut where oneDNN cuts them ([`torch_block`]):
-//! PyTorch's own bits on a processor that has the instruction.
-//! `pack` lays the operands out for the kernels, `kernel` holds the inner loops; this file cuts the work.
+//! Every element of C is the sum of a few chains of fused multiply-adds over k in ascending order, cut by [`depth_block`]
+//! where PyTorch's libraries cut them, whatever the tile, the thread or the instruction set that computes it: the cut of
+//! the work (and the rows beside a row) cannot change a bit. With AVX512-BF16 the chains go over pairs of bf16. These are
+//! PyTorch's own bits on a processor for which its libraries choose the same kernels (AMD Zen 4 was measured).
+//! `pack` lays the operands out for the kernels, `kernel` holds the inner loops, `narrow` what MKL does for a LoRA rank
+//! of 8 or less; this file cuts the work.
 
 mod finish;
 mod kernel;
+mod narrow;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_avx512;
@@ -18,15 +20,14 @@ pub use pack::Matrix;
 
 use std::ops::Range;
 
+use super::rounding;
 use super::threads::Shared;
 use super::values::{elements, expect, expect_offsets, tensor, values};
 use super::{Buffer, CpuDevice};
 use crate::Result;
 use crate::device::{self, Compute, DType, Tensor};
 
-/// Units of depth (4 bytes of each operand row) that a packed panel of A keeps in the first-level cache.
-const DEPTH: usize = 384;
-/// Columns of B packed at a time by one task; with [`DEPTH`] about half of a second-level cache.
+/// Columns of B packed at a time by one task; with a [`depth_block`] at most half of a second-level cache.
 const COLUMNS: usize = 256;
 
 /// One product and what happens to its result.
@@ -126,6 +127,11 @@ impl CpuDevice {
         };
         let bias = bias.map(values).transpose()?;
         let mut y = Buffer::unset(m * n);
+        if narrow::fits(compute, n) && bias.is_none() && branch.is_none() {
+            narrow::by_rows(&self.workers, &values(x)?, &values(w)?, k, &mut y);
+            rounding::round_slice(&mut y, out);
+            return Ok(tensor(y, vec![m, n], out));
+        }
         let (a, b) = (by_rows(x)?, by_rows(w)?);
         self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then }, &mut y);
         Ok(tensor(y, vec![m, n], out))
@@ -154,6 +160,12 @@ impl CpuDevice {
             }
         };
         let mut dx = Buffer::unset(m * n);
+        if narrow::fits(compute, n) && sum.is_none() {
+            let dy = narrow::Strided { values: &values(dy)?, row: k, depth: 1 };
+            narrow::by_columns(&self.workers, &dy, (&values(w)?, k, n), &mut dx);
+            rounding::round_slice(&mut dx, out);
+            return Ok(tensor(dx, vec![m, n], out));
+        }
         let (a, b) = (by_rows(dy)?, by_columns(w)?);
         self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then }, &mut dx);
         Ok(tensor(dx, vec![m, n], sum.map_or(out, |(.., dtype)| dtype)))
@@ -173,6 +185,16 @@ impl CpuDevice {
         let (a, b) = (elements(dy)?, elements(x)?);
         let count = units.len() - 1;
         let mut dw = Buffer::unset(count * m * n);
+        if narrow::fits(compute, n) {
+            let (dy, x) = (values(dy)?, values(x)?);
+            for (unit, dw) in dw.chunks_exact_mut((m * n).max(1)).enumerate() {
+                let (first, k) = (units[unit], units[unit + 1] - units[unit]);
+                let dy = narrow::Strided { values: &dy[first * m..], row: 1, depth: m };
+                narrow::by_columns(&self.workers, &dy, (&x[first * n..][..k * n], k, n), dw);
+            }
+            rounding::round_slice(&mut dw, out);
+            return Ok(tensor(dw, vec![count, m, n], out));
+        }
         let product = |unit: usize| {
             let (first, k) = (units[unit], units[unit + 1] - units[unit]);
             let a = Matrix { elements: a, at: first * m, lane: 1, depth: m, dtype: dy.dtype };
@@ -295,21 +317,30 @@ impl<'a> Plan<'a> {
         Some(Term { of, kernel, a: Buffer::unset(self.panels() * kernel.rows * kernel.units(of.rank)) })
     }
 
-    /// The depth in parts of about [`DEPTH`] units; one empty part if there is none, which stores zeros.
+    /// The depth in parts of [`depth_block`]; one empty part if there is none, which stores zeros.
     fn parts(&self) -> impl Iterator<Item = Range<usize>> {
-        let depth = self.depth;
-        let part = match self.kernel.per_unit {
-            1 => depth.div_ceil(depth.div_ceil(DEPTH).max(1)),
-            pair => torch_block(self.product) / pair,
-        };
+        let (depth, part) = (self.depth, depth_block(self.product) / self.kernel.per_unit);
         (0..depth.div_ceil(part.max(1)).max(1)).map(move |i| part * i..(part * (i + 1)).min(depth))
     }
 }
 
-/// Elements of depth that oneDNN sums in one chain before adding them to what it has (brgemm_matmul_utils.cpp,
-/// `compute_blocking_heuristic_avx512`: 512, and 1024 for more depth unless the first operand is transposed, as in
-/// the gradient of a weight).
-fn torch_block(product: &Product<'_>) -> usize {
+/// Elements of depth that are summed in one chain before they are added to what is there.
+fn depth_block(product: &Product<'_>) -> usize {
+    match product.compute {
+        Compute::F32 | Compute::Tf32 => mkl_block(product.k),
+        Compute::Bf16 | Compute::F16 => onednn_block(product),
+    }
+}
+
+/// MKL's sgemm: 192, or two halves of less than twice that (found from outside, on its AVX-512 kernels: an LCA of two
+/// terms, masked by large ones, spans the sums that meet there).
+pub fn mkl_block(k: usize) -> usize {
+    if k > 192 { 192.min(k / 2) } else { k }
+}
+
+/// oneDNN (brgemm_matmul_utils.cpp, `compute_blocking_heuristic_avx512`): 512, and 1024 for more depth unless the first
+/// operand is transposed, as in the gradient of a weight.
+fn onednn_block(product: &Product<'_>) -> usize {
     let transposed = product.a.depth != 1;
     if product.k > 1024 && !transposed { 1024 } else { 512 }
 }
@@ -393,7 +424,6 @@ fn block(
 
 #[cfg(test)]
 mod tests {
-    use super::super::rounding;
     use super::super::simd::{Level, level};
     use super::super::values::Elements;
     use super::*;
