@@ -1,9 +1,10 @@
 //! What every part of one chunk's pass shares: device, weights, plan, batch, and the small helpers on them.
 
 use super::held::{Held, flip_bit};
+use super::ragged::Padding;
 use super::{Adapter, ModelConfig, PassOptions, PrecisionPlan, Ragged, RopeTables};
 use crate::Result;
-use crate::device::{DType, Device, Tensor, noise};
+use crate::device::{Compute, DType, Device, Tensor, noise};
 use crate::probe::{Part, Recorder, Role, Site};
 
 pub(super) struct Context<'a> {
@@ -16,6 +17,8 @@ pub(super) struct Context<'a> {
     pub batch: &'a Ragged,
     /// Offsets of units in tokens.
     pub unit_tokens: Vec<usize>,
+    /// Where the tokens lie in the trainer's padded micro-batches, if gradients of weights show it.
+    pub padding: Option<&'a Padding>,
     /// Per row of the chunk, the length that the trainer pads it to.
     pub padded: &'a [usize],
     /// Per row of the chunk, as attention asks; empty: none is.
@@ -34,6 +37,18 @@ impl<'a> Context<'a> {
     /// This context with another recorder (a block's second run is not measured again).
     pub fn recording<'b>(&'b self, recorder: &'b Recorder) -> Context<'b> {
         Context { recorder, unit_tokens: self.unit_tokens.clone(), grouped: self.grouped.clone(), ..*self }
+    }
+
+    /// Per unit, dyᵀ · x over its tokens: [units, columns of dy, columns of x] in `out`. Summed over the trainer's
+    /// padded positions where their number or parity decides the order of the sum.
+    pub fn weight_grad(&self, dy: &Tensor, x: &Tensor, compute: Compute, out: DType) -> Result<Tensor> {
+        let Some(Padding { index, units }) = self.padding else {
+            return self.device.linear_weight_grad(dy, x, &self.unit_tokens, compute, out);
+        };
+        let positions = units.last().copied().unwrap_or(0);
+        let dy = self.device.scatter_rows(dy, index, positions)?;
+        let x = self.device.scatter_rows(x, index, positions)?;
+        self.device.linear_weight_grad(&dy, &x, units, compute, out)
     }
 
     /// x in `dtype`; shared, not copied, when it already is.

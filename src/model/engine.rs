@@ -206,6 +206,7 @@ impl Engine {
         for range in batch.chunks(tokens) {
             let first_unit = range.start;
             let chunk = batch.slice(range.clone());
+            let padding = chunk.padding();
             let context = Context {
                 device: &*self.device,
                 config: &self.base.config,
@@ -215,6 +216,7 @@ impl Engine {
                 rope: &rope,
                 batch: &chunk,
                 unit_tokens: chunk.unit_tokens(),
+                padding: padding.as_ref(),
                 padded: &chunk.padded_rows,
                 grouped: if options.grouped_attention { chunk.unpadded_rows() } else { Vec::new() },
                 first_unit,

@@ -148,10 +148,10 @@ fn branch_backward(
     let device = cx.device;
     let (branch, compute) = (cx.plan.branch(), cx.plan.branch_compute());
     let dv = device.scale(dy, cx.adapter.scaling, branch)?;
-    let db = device.linear_weight_grad(&dv, u, &cx.unit_tokens, compute, branch)?;
+    let db = cx.weight_grad(&dv, u, compute, branch)?;
     let du = device.linear_input_grad(&dv, &lora.b, compute, branch)?;
     let dropped = x.dropped(cx, index)?;
-    let da = device.linear_weight_grad(&du, &dropped, &cx.unit_tokens, compute, branch)?;
+    let da = cx.weight_grad(&du, &dropped, compute, branch)?;
     sink.add(cx, lora, 2 * index, Role::LoraAGrad, da)?;
     sink.add(cx, lora, 2 * index + 1, Role::LoraBGrad, db)?;
     Ok(du)

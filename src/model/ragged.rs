@@ -23,6 +23,17 @@ impl<'a> From<&'a Example> for Row<'a> {
     }
 }
 
+/// Positions that even MKL sums in one chain.
+const SHORT: usize = 192;
+
+/// The tokens of a [`Ragged`] among the positions of the trainer's padded micro-batches.
+pub(super) struct Padding {
+    /// Per token.
+    pub index: Vec<u32>,
+    /// Offsets of units in positions.
+    pub units: Vec<usize>,
+}
+
 /// Rows of micro-batches ("units"), concatenated. n: all tokens, padding included where there is any.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Ragged {
@@ -162,6 +173,25 @@ impl Ragged {
             std::iter::repeat_n(self.filled[rows.clone()].iter().all(|&filled| filled == line), rows.len())
         };
         (0..self.units()).flat_map(of_unit).collect()
+    }
+
+    /// Where the tokens lie in the trainer's padded batches, if the order of a sum over them shows it.
+    pub(super) fn padding(&self) -> Option<Padding> {
+        let tokens = self.unit_tokens();
+        let matters = (0..self.units()).any(|unit| {
+            let several = self.unit_rows[unit + 1] - self.unit_rows[unit] > 1;
+            self.unit_padded[unit] != tokens[unit + 1] - tokens[unit] && (several || self.unit_padded[unit] > SHORT)
+        });
+        let mut padding = Padding { index: Vec::with_capacity(self.tokens()), units: vec![0] };
+        for (unit, rows) in self.unit_rows.windows(2).enumerate() {
+            let mut first = padding.units[unit];
+            for row in rows[0]..rows[1] {
+                padding.index.extend((0..self.rows[row + 1] - self.rows[row]).map(|i| (first + i) as u32));
+                first += self.padded_rows[row];
+            }
+            padding.units.push(first);
+        }
+        matters.then_some(padding)
     }
 
     /// The units `range` alone.

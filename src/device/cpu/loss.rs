@@ -48,6 +48,7 @@ fn one_row(row: &mut [f32], label: usize, seed: f32, round: impl Round) -> f32 {
     for x in row.iter_mut() {
         *x = round.apply(math::exp((*x - max) - log_sum) * seed);
     }
-    row[label] = round.apply(math::exp(log_p) * seed - seed);
+    // The compiler of PyTorch contracts g − e^(log p)·Σg to one multiply-add.
+    row[label] = round.apply(math::exp(log_p).mul_add(seed, -seed));
     -log_p
 }
