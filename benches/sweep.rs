@@ -57,7 +57,7 @@ fn together(device: &Arc<dyn Device>, workers: usize) {
 fn alone(device: &Arc<dyn Device>, cell: &Cell) {
     let replayer = open(device);
     let context = replayed::context(&replayer);
-    black_box(queue::one(cell, "", &Replayed::new(&replayer), context).expect("a cell"));
+    black_box(queue::several(&[cell], "", &Replayed::new(&replayer), context).expect("a cell"));
 }
 
 fn sweeps(c: &mut Criterion) {

@@ -2,16 +2,18 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 use spikeprobe::diagnosis::detect;
-use spikeprobe::replay::StepRecord;
+use spikeprobe::replay::{Replayer, Source, StepRecord};
 use spikeprobe::report::terminal::Style;
 use spikeprobe::sweep::folder::{Folder, Manifest, file_name};
 use spikeprobe::sweep::grid::{Axis, Base, Grid, Keep};
 use spikeprobe::sweep::present::Sweep;
 use spikeprobe::sweep::queue::{self, Shard};
+use spikeprobe::sweep::replayed::{self, Replayed};
 use spikeprobe::sweep::{Cell, SWEEP_SCHEMA, Trainer};
 use spikeprobe::{Error, Result};
 
@@ -21,10 +23,24 @@ struct Scripted {
     trained: AtomicUsize,
     /// Fails at this many cells.
     fails_after: Option<usize>,
+    /// Decides how many cells are run together.
+    parameters: u64,
 }
 
 impl Trainer for Scripted {
-    fn train(&self, cell: &Cell, watch: &mut dyn FnMut(&StepRecord) -> ControlFlow<()>) -> Result<()> {
+    fn train(&self, cells: &[&Cell], watch: &mut dyn FnMut(usize, &StepRecord) -> ControlFlow<()>) -> Result<()> {
+        cells.iter().enumerate().try_for_each(|(index, cell)| self.one(cell, &mut |record| watch(index, record)))
+    }
+    fn parameters(&self, _: &Cell) -> Result<u64> {
+        Ok(self.parameters)
+    }
+    fn machine(&self) -> String {
+        "scripted".into()
+    }
+}
+
+impl Scripted {
+    fn one(&self, cell: &Cell, watch: &mut dyn FnMut(&StepRecord) -> ControlFlow<()>) -> Result<()> {
         if self.fails_after.is_some_and(|n| self.trained.load(Ordering::SeqCst) >= n) {
             return Err(Error::device("out of memory"));
         }
@@ -41,12 +57,6 @@ impl Trainer for Scripted {
             }
         }
         Ok(())
-    }
-    fn parameters(&self, _: &Cell) -> Result<u64> {
-        Ok(100)
-    }
-    fn machine(&self) -> String {
-        "scripted".into()
     }
 }
 
@@ -112,19 +122,72 @@ fn contents(dir: &Path) -> Vec<(String, Value)> {
 #[test]
 fn a_stopped_sweep_goes_on_and_computes_nothing_twice() {
     let (dir, manifest) = (tempfile::tempdir().expect("dir"), manifest(&LADDER));
-    let first = Scripted { fails_after: Some(5), ..Scripted::default() };
+    // So many parameters that every cell runs alone.
+    let alone = |fails_after| Scripted { fails_after, parameters: 1 << 40, ..Scripted::default() };
+    let first = alone(Some(5));
     let error = sweep(dir.path(), &manifest, Shard::ALL, &first).expect_err("out of memory");
     assert!(error.to_string().contains("learning_rate"), "{error}");
     // What a kill -9 leaves behind: a temporary file, never half a result.
     std::fs::write(dir.path().join("cells/.spikeprobe-1234"), "{\"schema\":\"spi").expect("write");
-    let second = Scripted::default();
+    let second = alone(None);
     let done = sweep(dir.path(), &manifest, Shard::ALL, &second).expect("goes on");
     assert_eq!((done.kept, done.computed), (5, 7));
     assert_eq!(second.trained.load(Ordering::SeqCst), 7);
     std::fs::remove_file(dir.path().join("cells/.spikeprobe-1234")).expect("remove");
     let whole = tempfile::tempdir().expect("dir");
+    sweep(whole.path(), &manifest, Shard::ALL, &alone(None)).expect("whole");
+    assert_eq!(contents(dir.path()), contents(whole.path()));
+}
+
+#[test]
+fn cells_that_run_together_are_kept_together_and_a_failure_costs_their_bunch() {
+    let (dir, manifest) = (tempfile::tempdir().expect("dir"), manifest(&LADDER));
+    let first = Scripted { fails_after: Some(5), ..Scripted::default() };
+    sweep(dir.path(), &manifest, Shard::ALL, &first).expect_err("out of memory");
+    // Three bunches of four learning rates, two of them at once.
+    let second = Scripted::default();
+    let done = sweep(dir.path(), &manifest, Shard::ALL, &second).expect("goes on");
+    assert!(done.kept == 0 || done.kept == 4, "{done:?}");
+    assert_eq!((done.kept + done.computed, second.trained.load(Ordering::SeqCst)), (12, done.computed));
+    let whole = tempfile::tempdir().expect("dir");
     sweep(whole.path(), &manifest, Shard::ALL, &Scripted::default()).expect("whole");
     assert_eq!(contents(dir.path()), contents(whole.path()));
+}
+
+#[test]
+fn cells_that_share_passes_get_every_bit_of_their_single_replays() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/runs");
+    let source = Source { path: root.join("runs/k6-healthy-cos-qwen2-fp32"), root, ..Source::default() };
+    let device = spikeprobe::device::open("cpu", Some(1)).expect("cpu");
+    let base = replayed::base(&Replayer::open(source.clone(), Arc::clone(&device)).expect("run"), "initial", Some(1));
+    // Rates at which adapters part, and one at which a cell ends early; clipping that acts and that does not.
+    let typed = ["lr=x0.3,x3,x1000", "clip=0.1,0", "precision=fp32,bf16,fp16", "accumulation=1,4"];
+    let base = base.expect("base");
+    let axes = typed.iter().map(|axis| Axis::parse(axis, &base).expect("axis")).collect();
+    let cells = Grid { axes, keep: Keep::MicroBatch, from: "initial".into() }.cells(&base).expect("cells");
+    let groups = |cell: &Cell| (cell.steps, cell.precision().map(str::to_owned));
+    let mut sorted: Vec<&Cell> = cells.iter().collect();
+    sorted.sort_by_key(|cell| groups(cell));
+    for bunch in sorted.chunk_by(|a, b| groups(a) == groups(b)) {
+        assert_eq!(bunch.len(), 6);
+        let train = |cells: &[&Cell]| {
+            let replayer = Replayer::open(source.clone(), Arc::clone(&device)).expect("run");
+            let mut records = vec![Vec::new(); cells.len()];
+            let mut watch = |index: usize, record: &StepRecord| {
+                // Debug writes every bit of a float, NaN included.
+                records[index].push(format!("{record:?}"));
+                if record.loss_raw.is_nan() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            Replayed::new(&replayer).train(cells, &mut watch).expect("trains");
+            records
+        };
+        let together = train(bunch);
+        assert!(together.iter().any(|records| *records != together[0]));
+        for (cell, records) in bunch.iter().zip(&together) {
+            assert!(!records.is_empty());
+            assert_eq!(*records, train(&[cell])[0], "{}", queue::name(cell));
+        }
+    }
 }
 
 #[test]

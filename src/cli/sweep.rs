@@ -156,7 +156,8 @@ fn check(sweep: &mut Sweep<'_>, folder: &Folder, trainer: &Replayed<'_>, replaye
     let result = match folder.load(&cell, fingerprint)? {
         Some(result) => result,
         None => {
-            let result = queue::one(&cell, fingerprint, trainer, replayed::context(replayer))?;
+            let mut results = queue::several(&[&cell], fingerprint, trainer, replayed::context(replayer))?;
+            let result = results.pop().ok_or_else(|| Error::internal("a cell without a result"))?;
             folder.store(&result)?;
             result
         }

@@ -93,6 +93,32 @@ impl Adapter {
         self.modules.iter_mut().flat_map(|m| [&mut m.a, &mut m.b])
     }
 
+    /// Whether both have the same modules, shapes, scaling and dtype.
+    fn is_shaped_like(&self, other: &Self) -> bool {
+        let places = |adapter: &Self| adapter.modules.iter().map(|m| (m.layer, m.projection)).collect::<Vec<_>>();
+        self.scaling == other.scaling
+            && self.dtype == other.dtype
+            && self.matrices().map(|m| &m.shape).eq(other.matrices().map(|m| &m.shape))
+            && places(self) == places(other)
+    }
+
+    /// Whether they are the same, every weight bit for bit.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn equals(&self, other: &Self, device: &dyn Device) -> Result<bool> {
+        if !self.is_shaped_like(other) {
+            return Ok(false);
+        }
+        let bits = |x: &Tensor| Ok(device.download(x)?.iter().map(|w| w.to_bits()).collect::<Vec<_>>());
+        for (one, other) in self.matrices().zip(other.matrices()) {
+            if one.storage.identity() != other.storage.identity() && bits(one)? != bits(other)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Index and matrices of the module on this linear, if it is adapted.
     pub(super) fn at(&self, layer: usize, projection: Projection) -> Option<(usize, &LoraModule)> {
         let index = self.index.get(layer * Projection::ALL.len() + projection as usize).copied().flatten()?;

@@ -14,6 +14,7 @@ mod replayer;
 mod scene;
 mod start;
 mod steps;
+mod together;
 mod walk;
 
 pub use cache::{record_json, record_of};

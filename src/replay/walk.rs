@@ -6,7 +6,7 @@ use super::cache::Cache;
 use super::keys::Key;
 use super::replayer::no_such_step;
 use super::scene::{Scene, Segment};
-use super::{Intervention, MicroRecord, Observer, Replayer, StepRecord, start, steps};
+use super::{Intervention, MicroRecord, Observer, Replayer, Start, StepRecord, start, steps};
 use crate::batches::Window;
 use crate::model::{Memory, PassOptions, Ragged, Row};
 use crate::probe::Probes;
@@ -33,14 +33,29 @@ pub(super) struct Walk<'a> {
 }
 
 /// Everything one step is made of.
-struct Planned {
-    window: Window,
-    options: PassOptions,
-    learning_rates: Option<Vec<f64>>,
+pub(super) struct Planned {
+    pub window: Window,
+    pub options: PassOptions,
+    pub learning_rates: Option<Vec<f64>>,
     key: Key,
 }
 
 impl<'a> Walk<'a> {
+    /// Before the first step after `start`, from the state and segment there.
+    ///
+    /// # Errors
+    /// Model files that cannot be examined.
+    pub fn new(
+        replayer: &'a Replayer,
+        scene: &'a Scene,
+        interventions: &'a [Intervention],
+        (state, segment): (TrainState, &'a Segment),
+        start: &Start,
+    ) -> Result<Self> {
+        let key = Key::of_start(scene, start, &state)?;
+        Ok(Self { replayer, scene, interventions, keep: false, segment, state, key, stale: false })
+    }
+
     /// Moves to the segment of the next step, resuming where a new attempt begins.
     fn enter_segment(&mut self) -> Result<()> {
         let next = self.state.step + 1;
@@ -179,35 +194,47 @@ impl<'a> Walk<'a> {
 
     /// Runs the next step.
     pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepRecord> {
-        self.enter_segment()?;
-        let planned = self.plan(&self.state)?;
-        let number = self.state.step + 1;
+        let planned = self.begin_step()?;
+        let number = planned.window.step;
         let place = |e: Error| e.at(format!("step {number}"));
-        let device = self.scene.engine.device();
-        let rules = &self.segment.rules;
-        steps::change_state(device, rules, &mut self.state, number, self.interventions).map_err(place)?;
-        let mut options = planned.options;
+        let mut options = planned.options.clone();
         let batch = ragged(self.scene, &planned.window, &options).map_err(place)?;
         options.probes = observer.probes(number);
         let input = StepInput {
             window: &planned.window,
             batch: &batch,
             options: &options,
-            learning_rates: planned.learning_rates,
+            learning_rates: planned.learning_rates.clone(),
         };
-        let output = step(&self.scene.engine, rules, &mut self.state, &input).map_err(place)?;
-        self.key = planned.key;
+        let output = step(&self.scene.engine, &self.segment.rules, &mut self.state, &input).map_err(place)?;
         if options.probes != Probes::Off {
             observer.measured(number, &output.pass.measurements)?;
         }
         if observer.wants_state(number) {
-            observer.state(device, &self.state)?;
+            observer.state(self.scene.engine.device(), &self.state)?;
         }
-        let record = record(self.scene, self.segment, &planned.window, &output);
-        if record.loss_raw.is_nan() {
-            self.replayer.check_base().map_err(place)?;
-        }
+        let record = self.end_step(&planned, &output)?;
         self.remember(&record);
+        Ok(record)
+    }
+
+    /// What the next step is made of; interventions on the state are done.
+    pub fn begin_step(&mut self) -> Result<Planned> {
+        self.enter_segment()?;
+        let planned = self.plan(&self.state)?;
+        let (device, number) = (self.scene.engine.device(), planned.window.step);
+        steps::change_state(device, &self.segment.rules, &mut self.state, number, self.interventions)
+            .map_err(|e| e.at(format!("step {number}")))?;
+        Ok(planned)
+    }
+
+    /// The record of a step whose update is made.
+    pub fn end_step(&mut self, planned: &Planned, output: &StepOutput) -> Result<StepRecord> {
+        self.key = planned.key;
+        let record = record(self.scene, self.segment, &planned.window, output);
+        if record.loss_raw.is_nan() {
+            self.replayer.check_base().map_err(|e| e.at(format!("step {}", record.step)))?;
+        }
         Ok(record)
     }
 

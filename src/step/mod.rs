@@ -125,22 +125,48 @@ pub struct StepOutput {
 /// # Errors
 /// Those of the pass and the device. `state` is then unusable.
 pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &StepInput<'_>) -> Result<StepOutput> {
-    let device = engine.device();
-    let units = &input.window.micro_batches;
-    if input.batch.units() != units.len() {
-        return Err(Error::internal(format!("{} units for {} micro-batches", input.batch.units(), units.len())));
-    }
-    let labels = input.batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
-    let normalisers: Vec<Normaliser> = units.iter().zip(labels).map(|(m, c)| rules.loss.of(&m.fetched, c)).collect();
-    let loss_scale = state.scaler.map(|s| s.scale);
-    // A micro-batch without labels has no positions to seed; its seed may be infinite (1/0).
-    let scale = loss_scale.unwrap_or(1.0) as f32;
-    let seeds: Vec<f32> = normalisers.iter().map(|n| n.seed * scale).collect();
-    let mut gradients = Gradients::zeros(device, &state.adapter)?;
+    let seeds = seeds(rules, state, input)?;
+    let mut gradients = Gradients::zeros(engine.device(), &state.adapter)?;
     let pass = engine.pass(&state.adapter, input.batch, &seeds, input.options, &mut gradients)?;
+    finish(engine, rules, state, input, pass, &gradients)
+}
 
+/// d(back-propagated loss) / d(summed loss) of each micro-batch, loss scale included: what the pass of a step needs.
+///
+/// # Errors
+/// A batch of other micro-batches than the window's.
+pub fn seeds(rules: &StepRules, state: &TrainState, input: &StepInput<'_>) -> Result<Vec<f32>> {
+    let (units, expected) = (input.batch.units(), input.window.micro_batches.len());
+    if units != expected {
+        return Err(Error::internal(format!("{units} units for {expected} micro-batches")));
+    }
+    // A micro-batch without labels has no positions to seed; its seed may be infinite (1/0).
+    let scale = state.scaler.map_or(1.0, |s| s.scale) as f32;
+    Ok(normalisers(rules, input).iter().map(|n| n.seed * scale).collect())
+}
+
+fn normalisers(rules: &StepRules, input: &StepInput<'_>) -> Vec<Normaliser> {
+    let labels = input.batch.unit_labels.windows(2).map(|w| (w[1] - w[0]) as u64);
+    input.window.micro_batches.iter().zip(labels).map(|(m, c)| rules.loss.of(&m.fetched, c)).collect()
+}
+
+/// What follows the pass: losses, clipping, update, schedule. Moves `state` past the step.
+///
+/// # Errors
+/// Those of the device. `state` is then unusable.
+pub fn finish(
+    engine: &Engine,
+    rules: &StepRules,
+    state: &mut TrainState,
+    input: &StepInput<'_>,
+    pass: PassOutput,
+    gradients: &Gradients,
+) -> Result<StepOutput> {
+    let device = engine.device();
+    let loss_scale = state.scaler.map(|s| s.scale);
+    let units = &input.window.micro_batches;
     let micro_losses: Vec<f32> =
-        normalisers.iter().zip(&pass.units).map(|(n, unit)| n.loss(f64::from(unit.loss_sum))).collect();
+        normalisers(rules, input).iter().zip(&pass.units).map(|(n, unit)| n.loss(f64::from(unit.loss_sum))).collect();
     let mut own = RunningLoss::new(rules.loss.world_size, state.step);
     for (unit, &loss) in units.iter().zip(&micro_losses) {
         own.add(unit.rank.into(), loss, state.step, rules.nan_filter);
@@ -163,7 +189,7 @@ pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &
             device,
             &mut state.adapter,
             &mut state.moments,
-            &gradients,
+            gradients,
             &learning_rates,
             factors,
         )?;

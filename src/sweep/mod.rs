@@ -6,6 +6,7 @@
 //! Owns grids, the folder of results, sharding, outcomes and the suggestion. A cell is run through [`Trainer`], so
 //! that everything here is tested without replaying; [`replayed`] is the one that replays.
 
+mod bunch;
 pub mod folder;
 pub mod grid;
 pub mod outcome;
@@ -57,11 +58,13 @@ impl Cell {
     }
 }
 
-/// Runs one cell. `watch` sees every optimizer step in order and may end the cell early.
+/// Runs cells: one, or several that share what their steps have in common.
 pub trait Trainer: Sync {
+    /// `watch` sees every optimizer step of each cell (by index) in order and may end that cell early.
+    ///
     /// # Errors
-    /// Whatever keeps the cell from being replayed; the cell then has no result and is tried again next time.
-    fn train(&self, cell: &Cell, watch: &mut dyn FnMut(&StepRecord) -> ControlFlow<()>) -> Result<()>;
+    /// Whatever keeps a cell from being replayed; the cells then have no result and are tried again next time.
+    fn train(&self, cells: &[&Cell], watch: &mut dyn FnMut(usize, &StepRecord) -> ControlFlow<()>) -> Result<()>;
     /// Trained parameters of a cell, for the root mean square of an update.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
-//! Runs the cells a folder lacks: one after another or several at once, each written as soon as it is done.
+//! Runs the cells a folder lacks: bunches of cells that share their steps, several bunches at once, each written as
+//! soon as it is done.
 //!
-//! A cell's numbers do not depend on what runs beside it, so cells are spread over threads: small models leave most
+//! A cell's numbers do not depend on what runs beside it, so bunches are spread over threads: small models leave most
 //! of a processor idle when their products are spread instead.
 
 use std::ops::ControlFlow;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::folder::{CellResult, Folder, Manifest};
 use super::outcome::Tracker;
-use super::{CELL_SCHEMA, Cell, Trainer};
+use super::{CELL_SCHEMA, Cell, Outcome, Trainer, bunch};
 use crate::diagnosis::detect;
 use crate::{Error, Result, interrupt};
 
@@ -67,27 +68,29 @@ pub fn run(
             missing.push(*index);
         }
     }
-    // Longest first: the last cell to finish should be a short one.
-    missing.sort_by_key(|i| std::cmp::Reverse(manifest.cells[*i].steps * manifest.cells[*i].samples_per_step));
+    let bunches = bunch::bunches(&manifest.cells, &missing, workers, trainer)?;
     let (next, stop, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None::<Error>));
     let work = || {
         while !stop.load(Ordering::Relaxed) {
-            let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
-            let cell = &manifest.cells[index];
-            let result = one(cell, &manifest.fingerprint, trainer, context).and_then(|result| {
-                folder.store(&result)?;
-                told(index, &result);
+            let Some(bunch) = bunches.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
+            let cells: Vec<&Cell> = bunch.iter().map(|i| &manifest.cells[*i]).collect();
+            let results = several(&cells, &manifest.fingerprint, trainer, context).and_then(|results| {
+                for (index, result) in bunch.iter().zip(&results) {
+                    folder.store(result)?;
+                    told(*index, result);
+                }
                 Ok(())
             });
-            if let Err(error) = result {
+            if let Err(error) = results {
                 stop.store(true, Ordering::Relaxed);
-                let error = if error.kind == crate::error::Kind::Interrupted { error } else { error.at(name(cell)) };
+                let named = error.kind != crate::error::Kind::Interrupted && !cells.is_empty();
+                let error = if named { error.at(name(cells[0])) } else { error };
                 failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
             }
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..workers.min(missing.len()) {
+        for _ in 1..workers.min(bunches.len()) {
             scope.spawn(work);
         }
         work();
@@ -98,26 +101,36 @@ pub fn run(
     }
 }
 
-/// One cell, from start to outcome.
+/// Cells from start to outcome, each result with its share of the time.
 ///
 /// # Errors
 /// As [`Trainer::train`]; Ctrl-C.
-pub fn one(cell: &Cell, fingerprint: &str, trainer: &dyn Trainer, context: detect::Context) -> Result<CellResult> {
+pub fn several(
+    cells: &[&Cell],
+    fingerprint: &str,
+    trainer: &dyn Trainer,
+    context: detect::Context,
+) -> Result<Vec<CellResult>> {
     let start = std::time::Instant::now();
-    let mut tracker = Tracker::new(cell.steps, cell.samples_per_step, trainer.parameters(cell)?, context);
-    trainer.train(cell, &mut |record| {
-        let diverged = tracker.push(record);
+    let tracker =
+        |cell: &&Cell| Ok(Tracker::new(cell.steps, cell.samples_per_step, trainer.parameters(cell)?, context));
+    let mut trackers = cells.iter().map(tracker).collect::<Result<Vec<_>>>()?;
+    trainer.train(cells, &mut |index, record| {
+        let diverged = trackers[index].push(record);
         if diverged || interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     interrupt::check()?;
-    Ok(CellResult {
+    let outcomes: Vec<Outcome> = trackers.into_iter().map(Tracker::finish).collect();
+    let second = start.elapsed().as_secs_f64() / outcomes.iter().map(|o| o.samples).sum::<u64>().max(1) as f64;
+    let result = |(cell, outcome): (&&Cell, Outcome)| CellResult {
         schema: CELL_SCHEMA.into(),
         fingerprint: fingerprint.into(),
-        cell: cell.clone(),
-        outcome: tracker.finish(),
-        seconds: start.elapsed().as_secs_f64(),
+        cell: (*cell).clone(),
+        seconds: second * outcome.samples as f64,
+        outcome,
         machine: trainer.machine(),
-    })
+    };
+    Ok(cells.iter().zip(outcomes).map(result).collect())
 }
 
 /// `learning_rate: 0.001, gradient_accumulation_steps: 8`.

@@ -28,6 +28,21 @@ impl<'a> Replayed<'a> {
         Self { replayer, finished: AtomicUsize::new(0) }
     }
 
+    fn alone(
+        &self,
+        start: &Start,
+        last: u64,
+        interventions: &[Intervention],
+        watch: &mut dyn FnMut(usize, &StepRecord) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut watch = Watch { watch, stopped: false };
+        match self.replayer.replay(start, last, interventions, &mut watch) {
+            // Stopped by the watcher, not by Ctrl-C, which it looks at itself.
+            Err(_) if watch.stopped => Ok(()),
+            outcome => outcome.map(|_| ()),
+        }
+    }
+
     fn interventions(&self, cell: &Cell) -> Result<Vec<Intervention>> {
         let set = |(key, value): (String, Value)| Intervention::Set { key, value };
         let mut all: Vec<Intervention> = cell.settings().into_iter().map(set).collect();
@@ -40,13 +55,13 @@ impl<'a> Replayed<'a> {
 
 /// Passes steps on until told to stop.
 struct Watch<'w> {
-    watch: &'w mut dyn FnMut(&StepRecord) -> ControlFlow<()>,
+    watch: &'w mut dyn FnMut(usize, &StepRecord) -> ControlFlow<()>,
     stopped: bool,
 }
 
 impl Observer for Watch<'_> {
     fn step(&mut self, record: &StepRecord) -> Result<()> {
-        if (self.watch)(record).is_break() {
+        if (self.watch)(0, record).is_break() {
             self.stopped = true;
             return Err(Error::interrupted());
         }
@@ -55,20 +70,25 @@ impl Observer for Watch<'_> {
 }
 
 impl Trainer for Replayed<'_> {
-    fn train(&self, cell: &Cell, watch: &mut dyn FnMut(&StepRecord) -> ControlFlow<()>) -> Result<()> {
-        let interventions = self.interventions(cell)?;
-        let (start, first) = start(&cell.from)?;
-        let last = self.replayer.scene_for(&interventions)?.last_step().min(first + cell.steps);
-        let mut watch = Watch { watch, stopped: false };
-        let outcome = self.replayer.replay(&start, last, &interventions, &mut watch);
-        if self.finished.fetch_add(1, Ordering::Relaxed) % FORGET_AFTER == FORGET_AFTER - 1 {
+    fn train(&self, cells: &[&Cell], watch: &mut dyn FnMut(usize, &StepRecord) -> ControlFlow<()>) -> Result<()> {
+        let Some(first) = cells.first() else { return Ok(()) };
+        let (start, first) = start(&first.from)?;
+        let settings = |cell: &&Cell| {
+            let interventions = self.interventions(cell)?;
+            let last = self.replayer.scene_for(&interventions)?.last_step().min(first + cell.steps);
+            Ok((interventions, last))
+        };
+        let settings: Vec<(Vec<Intervention>, u64)> = cells.iter().map(settings).collect::<Result<_>>()?;
+        let outcome = match &settings[..] {
+            // Alone: what earlier cells and files remember is used.
+            [(interventions, last)] => self.alone(&start, *last, interventions, watch),
+            settings => self.replayer.replay_together(&start, settings, watch),
+        };
+        let finished = self.finished.fetch_add(cells.len(), Ordering::Relaxed);
+        if (finished + cells.len()) / FORGET_AFTER > finished / FORGET_AFTER {
             self.replayer.forget();
         }
-        match outcome {
-            // Stopped by the watcher, not by Ctrl-C, which it looks at itself.
-            Err(_) if watch.stopped => Ok(()),
-            outcome => outcome.map(|_| ()),
-        }
+        outcome
     }
 
     /// Σ rank · (in + out) over the adapted linears.
