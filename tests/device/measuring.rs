@@ -131,8 +131,10 @@ fn norms(device: &dyn Device) {
             let unit = &stored[units[u] * columns..units[u + 1] * columns];
             let want = unit.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
             assert_eq!(nonfinite, unit.iter().filter(|x| !x.is_finite()).count() as u64, "unit {u}");
+            // The CPU adds eight chains in f32, as torch does: half the error of the longest one.
+            let most = if device.name() == "cpu" { (unit.len() / 8 + 9) as f64 * 2f64.powi(-25) } else { 3e-7 };
             let fits = if want.is_finite() {
-                (norm as f64 - want).abs() <= 3e-7 * want
+                (norm as f64 - want).abs() <= most * want
             } else {
                 norm.is_nan() == want.is_nan() && norm.is_infinite() == want.is_infinite()
             };

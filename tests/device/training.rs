@@ -156,7 +156,10 @@ fn together(device: &dyn Device) {
             let after = download(device, p);
             squares += after.iter().zip(&before[i]).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>();
         }
-        assert!((moved - squares.sqrt()).abs() <= 1e-6 * squares.sqrt(), "{moved} against {}", squares.sqrt());
+        // Norms of single tensors are f32 sums in eight chains on the CPU.
+        let longest = before.iter().map(Vec::len).max().expect("tensors");
+        let most = (longest / 8 + 9) as f64 * 2f64.powi(-25);
+        assert!((moved - squares.sqrt()).abs() <= most * squares.sqrt(), "{moved} against {}", squares.sqrt());
         assert!(moved > 0.0);
     }
 }
