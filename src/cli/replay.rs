@@ -405,6 +405,11 @@ fn verdict(certificate: &Certificate) -> String {
         (_, Some(step)) => format!("steps {from} to {to}: departs from the log at step {step}"),
         (_, None) => format!("steps {from} to {to}: the log is reproduced"),
     };
+    let exact = match certificate.exact_to {
+        Some(step) if step == *to => "; every logged number is the replay's to the last bit".to_owned(),
+        Some(step) => format!("; up to step {step} every logged number is the replay's to the last bit"),
+        None => String::new(),
+    };
     let line_until = match certificate.bump_at {
         Some(bump) => format!(" before the jump at step {bump}"),
         None => String::new(),
@@ -413,7 +418,7 @@ fn verdict(certificate: &Certificate) -> String {
     match certificate.verdict {
         Reproduction::NoLog => format!("\n{line}\n"),
         _ => format!(
-            "\n{line}; largest deviation{line_until}: loss {loss_max_rel:.1e} (allowed {loss:.1e}), \
+            "\n{line}{exact}; largest deviation{line_until}: loss {loss_max_rel:.1e} (allowed {loss:.1e}), \
              grad_norm {grad_norm_max_rel:.1e} (allowed {grad_norm:.1e})\n"
         ),
     }

@@ -27,15 +27,17 @@ impl Bench<'_, '_> {
             self.other_trainers()?;
             return Ok(());
         }
-        let step = departure::broken_from(&self.out.differences, self.found.step);
+        let exactly = departure::parts_exactly(&self.out.differences, self.found.step);
+        self.out.evidence.baseline.parts_exactly = exactly.is_some();
+        let step = exactly.unwrap_or_else(|| departure::broken_from(&self.out.differences, self.found.step));
         if step < self.found.step {
             self.out.evidence.baseline.before = departure::before(&self.out.differences, step, self.subject.floor());
         }
         let none = Envelope { loss: 0.0, grad_norm: 0.0 };
-        let sudden = departure::departs_at(&self.out.differences, step, none);
+        let sudden = exactly.is_some() || departure::departs_at(&self.out.differences, step, none);
         let spread = self.perturbed(if sudden { self.to } else { self.to + LATE })?;
         let baseline = &mut self.out.evidence.baseline;
-        baseline.departs_at_spike = departure::departs_at(&self.out.differences, step, spread);
+        baseline.departs_at_spike = exactly.is_some() || departure::departs_at(&self.out.differences, step, spread);
         if !baseline.departs_at_spike || baseline.before != Match::Close {
             self.turbulence();
             return Ok(());
@@ -44,7 +46,7 @@ impl Bench<'_, '_> {
             return Ok(());
         }
         self.out.evidence.baseline.matches_after = self.matches_after()?;
-        if self.out.evidence.baseline.perturbed_with_spike == 0 {
+        if !self.out.evidence.baseline.is_chaotic() {
             // The device that is to convict another one is heard first.
             self.out.evidence.baseline.arithmetic = match self.lab.arithmetic(step) {
                 Err(error) if error.kind == Kind::Interrupted => return Err(error),

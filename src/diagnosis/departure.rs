@@ -5,6 +5,7 @@
 use super::Envelope;
 use super::evidence::Match;
 use super::height::Point;
+use crate::replay::EXACT;
 
 /// Logged and replayed value of one step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,6 +25,8 @@ const BAND: f64 = 0.5;
 /// In ln of the gradient norm, over the last steps before the spike: beyond it the run is already parting. Norms
 /// part before losses do where a run sits on the edge of stability.
 const NORM_BAND: f64 = 0.35;
+/// What one rounding done differently moves within a step, in ln: the largest seen is 4e-4 in loss and 6e-3 in norm.
+const ROUNDING: Envelope = Envelope { loss: 0.01, grad_norm: 0.1 };
 /// Steps before the spike whose norms have to agree.
 const LAST: usize = 2;
 /// Steps that show whether a replay computes what the run computed: wrong inputs part at the first.
@@ -93,6 +96,16 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
     let chaotic =
         spread.grad_norm > LEAST && at.grad_norm <= 3.0 * spread.grad_norm && at.loss <= BEYOND * BEYOND * spread.loss;
     (loss && !chaotic) || (norm && noise < LEAST)
+}
+
+/// The step at or before `spike` at which a replay that gave every bit of the log parts from it, by more than a rounding
+/// that this program does differently could move one step. `None` where the steps before are not all equal: then chaos
+/// is another explanation, here it is none.
+pub fn parts_exactly(differences: &[Difference], spike: u64) -> Option<u64> {
+    let equal = |d: &&Difference| d.loss == 0.0 && (d.grad_norm == 0.0 || d.grad_norm.is_nan());
+    let exact = differences.iter().take_while(equal).count();
+    let first = differences.get(exact).filter(|d| exact >= EXACT && d.step <= spike)?;
+    (first.loss > ROUNDING.loss || first.grad_norm > ROUNDING.grad_norm).then_some(first.step)
 }
 
 /// The step at which a spike of `step` began to break: a gradient norm that is finite in the replay and not in the log
@@ -185,6 +198,17 @@ mod tests {
         assert_eq!(broken_from(&d, 4), 3);
         assert_eq!((before(&d, 3, BF16), departs_at(&d, 3, NONE)), (Match::Close, true));
         assert_eq!(broken_from(&differences(&series(&[1.0, 0.9]), &series(&[1.0, 5.0]), 0.0), 2), 2);
+    }
+
+    #[test]
+    fn after_bits_that_were_all_equal_a_small_difference_dates_a_later_spike() {
+        let logged = [1.0, 0.9, 0.8, 0.75, 5.0];
+        let parts = |replayed: &[f64]| parts_exactly(&differences(&series(replayed), &series(&logged), 0.0), 5);
+        assert_eq!(parts(&[1.0, 0.9, 0.8, 0.7, 0.65]), Some(4));
+        assert_eq!(parts(&[1.0, 0.9, 0.8, 0.7501, 0.65]), None, "a rounding can move so much");
+        assert_eq!(parts(&[1.0, 0.9000001, 0.8, 0.7, 0.65]), None, "arithmetic that differs may be chaos");
+        assert_eq!(parts(&[1.0, 0.95, 0.8, 0.7, 0.65]), None, "one step says nothing of the arithmetic");
+        assert_eq!(parts(&logged), None);
     }
 
     #[test]

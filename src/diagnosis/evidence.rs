@@ -43,6 +43,9 @@ pub struct Baseline {
     pub before: Match,
     /// The replay parts from the log at the spike's first step, far beyond what perturbed replays show there.
     pub departs_at_spike: bool,
+    /// It parts after steps that were equal to the last bit: this machine computes as the run's did, and chaos, which
+    /// needs a first difference, is no explanation.
+    pub parts_exactly: bool,
     /// Replays with half an ulp of noise: how many were made, and in how many the spike was there.
     pub perturbed: usize,
     pub perturbed_with_spike: usize,
@@ -50,6 +53,13 @@ pub struct Baseline {
     pub matches_after: bool,
     /// How this device computes the spike's step, where that was asked: the same twice, and as its checksums say?
     pub arithmetic: Option<State>,
+}
+
+impl Baseline {
+    /// Rounding alone decides whether the spike is there.
+    pub fn is_chaotic(&self) -> bool {
+        self.perturbed_with_spike > 0 && !self.parts_exactly
+    }
 }
 
 /// The steps from the start point to the spike, replay against log.

@@ -129,6 +129,7 @@ fn empty(subject: &Subject<'_>, found: &Found, only: Option<Cause>) -> Investiga
             height: None,
             before: Match::Nothing,
             departs_at_spike: false,
+            parts_exactly: false,
             perturbed: 0,
             perturbed_with_spike: 0,
             matches_after: false,

@@ -65,7 +65,7 @@ fn absent(evidence: &Evidence, sufficient: &[&Trial]) -> (Cause, Confidence) {
     if let Some(trial) = sufficient.iter().find(|t| t.cause == Cause::TrainerBookkeeping) {
         return (trial.cause, Confidence::Moderate);
     }
-    let chaotic = baseline.perturbed_with_spike > 0;
+    let chaotic = baseline.is_chaotic();
     if baseline.departs_at_spike && baseline.before == Match::Close && !chaotic {
         let proved = evidence.fault.as_ref().is_some_and(|f| f.proved);
         // Another order of additions moves the step as far as the log lies from the replay.

@@ -2,7 +2,8 @@
 //!
 //! Before the log's first bump each logged value must lie on the replay's line, within what honest arithmetic may
 //! differ: the envelope of perturbed replays, and a floor. Training is chaotic after a bump (PyTorch with another
-//! GEMM parts from itself by percents there), so from the bump on a value must lie in the replays' band.
+//! GEMM parts from itself by percents there), so from the bump on a value must lie in the replays' band. A replay that
+//! gives every bit of the log knows no chaos: as long as it does, the line counts.
 
 use super::{StepRecord, Trace};
 use crate::model::PrecisionPlan;
@@ -14,6 +15,8 @@ const BUMP: f64 = 1.3;
 const WIDEN: f64 = 2.0;
 /// Half of the last decimal of a loss rounded to four.
 const ROUNDING: f64 = 5e-5;
+/// Steps equal to the last bit that show that this machine computes as the trainer's did.
+pub const EXACT: usize = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reproduction {
@@ -70,6 +73,14 @@ pub struct Comparison {
     pub agrees: bool,
 }
 
+impl Comparison {
+    /// Every logged number is the replay's to the last bit (a rounded loss: to its last decimal).
+    pub fn is_exact(&self) -> bool {
+        let same = |relative: Option<f64>| relative.is_none_or(|r| r == 0.0);
+        same(self.loss_rel) && same(self.grad_norm_rel) && self.learning_rate_exact != Some(false)
+    }
+}
+
 /// Smallest and largest value of one step among replays, NaN left out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Band {
@@ -96,6 +107,8 @@ pub struct Certificate {
     pub departs_at: Option<u64>,
     /// First bump of the log in the replayed range.
     pub bump_at: Option<u64>,
+    /// Last logged step up to which all were [exact](Comparison::is_exact), from the first on.
+    pub exact_to: Option<u64>,
     /// Over the steps on the line, those before the bump.
     pub loss_max_rel: f64,
     pub grad_norm_max_rel: f64,
@@ -134,12 +147,14 @@ pub fn certify(rows: &[LogRow], rounds: bool, floor: Envelope, trace: &Trace, pe
         to,
         departs_at: None,
         bump_at: bump_at.filter(|b| (from..=to).contains(b)),
+        exact_to: None,
         loss_max_rel: 0.0,
         grad_norm_max_rel: 0.0,
         envelope: floor,
         comparisons: Vec::new(),
     };
     let mut allowed = floor;
+    let mut exact = 0;
     for (row, index) in logged {
         let replays: Vec<&StepRecord> =
             std::iter::once(trace).chain(perturbed).filter_map(|t| t.steps.get(index)).collect();
@@ -147,7 +162,13 @@ pub fn certify(rows: &[LogRow], rounds: bool, floor: Envelope, trace: &Trace, pe
         allowed.loss = allowed.loss.max(WIDEN * spread.loss);
         allowed.grad_norm = allowed.grad_norm.max(WIDEN * spread.grad_norm);
         let after_bump = bump_at.is_some_and(|b| row.step >= b);
-        let comparison = compare(row, rounds, from, allowed, after_bump, &replays);
+        let all_exact = exact == certificate.comparisons.len();
+        let on_line = !after_bump || (all_exact && exact >= EXACT);
+        let comparison = compare(row, rounds, from, allowed, (after_bump, on_line), &replays);
+        if all_exact && comparison.is_exact() {
+            exact += 1;
+            certificate.exact_to = Some(row.step);
+        }
         if !after_bump {
             certificate.envelope = allowed;
             certificate.loss_max_rel = worst(certificate.loss_max_rel, comparison.loss_rel);
@@ -196,13 +217,13 @@ fn spread(replays: &[&StepRecord]) -> Envelope {
     widest
 }
 
-/// `replays`: this step of the trace itself, then of its perturbed siblings.
+/// `replays`: this step of the trace itself, then of its perturbed siblings. `on_line`: it has to lie on the line.
 fn compare(
     row: &LogRow,
     rounds: bool,
     from: u64,
     allowed: Envelope,
-    after_bump: bool,
+    (after_bump, on_line): (bool, bool),
     replays: &[&StepRecord],
 ) -> Comparison {
     let own = replays[0];
@@ -221,16 +242,16 @@ fn compare(
     let learning_rate_exact = logged.learning_rate.map(|l| l.to_bits() == own.learning_rate_logged.to_bits());
     let losses = || replays.iter().map(|s| loss_of(s));
     let norms = || replays.iter().map(|s| s.grad_norm);
-    let (loss_fits, norm_fits) = if after_bump && replays.len() == 1 {
+    let (loss_fits, norm_fits) = if on_line {
+        (loss_rel.is_none_or(|r| r <= allowed.loss), grad_norm_rel.is_none_or(|r| r <= allowed.grad_norm))
+    } else if replays.len() == 1 {
         // One replay is no band: nothing can be said of the loss here.
         (true, true)
-    } else if after_bump {
+    } else {
         (
             logged.loss.is_none_or(|l| in_band(l, losses(), rounding)),
             logged.grad_norm.is_none_or(|g| in_band(g, norms(), 0.0)),
         )
-    } else {
-        (loss_rel.is_none_or(|r| r <= allowed.loss), grad_norm_rel.is_none_or(|r| r <= allowed.grad_norm))
     };
     let agrees = loss_fits && norm_fits && learning_rate_exact != Some(false);
     Comparison {

@@ -114,6 +114,7 @@ pub fn certificate_json(certificate: &Certificate) -> Value {
         "to": certificate.to,
         "departs_at": certificate.departs_at,
         "bump_at": certificate.bump_at,
+        "exact_to": certificate.exact_to,
         "loss_max_rel": compared(certificate.loss_max_rel),
         "grad_norm_max_rel": compared(certificate.grad_norm_max_rel),
         "envelope": {

@@ -23,6 +23,7 @@ fn reproduced(trials: &[(Cause, f64)]) -> Evidence {
             height: Some(2.0),
             before: Match::Close,
             departs_at_spike: false,
+            parts_exactly: false,
             perturbed: 0,
             perturbed_with_spike: 0,
             matches_after: true,
@@ -233,6 +234,15 @@ fn what_the_windows_did_not_suffice_for_leaves_the_verdict_open_and_says_how_to_
         "{}",
         verdict.summary
     );
+}
+
+#[test]
+fn where_every_bit_was_equal_before_noise_that_makes_the_spike_excuses_nothing() {
+    let mut evidence = absent();
+    evidence.baseline.perturbed_with_spike = 1;
+    assert_ne!(judge(&evidence).cause, Cause::Hardware, "rounding may have decided");
+    evidence.baseline.parts_exactly = true;
+    assert_eq!(judge(&evidence).cause, Cause::Hardware);
 }
 
 /// Chaos after an honest beginning is a band, in which a change that removes the spike still counts, less surely.
