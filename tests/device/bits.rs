@@ -1,4 +1,4 @@
-//! Every bit of PyTorch's bf16 results where widths make the order of sums visible (fixtures/device/make_pytorch_bits.py).
+//! Every bit of PyTorch's results where sizes make the order of sums visible (fixtures/device/make_pytorch_bits.py).
 //! On the CPU alone: a GPU sums in other orders.
 
 use spikeprobe::device::{AttentionShape, Compute, DType, Device, Tensor};
@@ -79,5 +79,85 @@ fn the_last_keys_of_a_padded_length_are_exponentiated_one_by_one() {
         let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
         let (o, _) = device.attention(&q, &k, &v, &[0, n], &shape, Compute::Bf16).expect("attention");
         assert_equal(&*device, &name, &o, case.values("o"));
+    }
+}
+
+#[test]
+fn attention_gradients_are_pytorchs_bit_for_bit() {
+    let device = cpu();
+    for dtype in [DType::F32, BF16] {
+        for (n, padded) in [(33, 40), (40, 40), (210, 216)] {
+            let name = format!("attention_grad_{n}_{padded}");
+            let case = Case::new(&*device, &name, dtype);
+            let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
+            let (heads, kv_heads, head_dim) = (2, 1, 32);
+            // PyTorch got no mask, and so one key/value head for both query heads, where nothing is padded.
+            let grouped = [n == padded];
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: (32f64).powf(-0.5) as f32,
+                window: None,
+                padded: &[padded],
+                grouped: &grouped,
+            };
+            let compute = Compute::of(dtype);
+            let (o, lse) = device.attention(&q, &k, &v, &[0, n], &shape, compute).expect("attention");
+            assert_equal(&*device, &format!("{name} {dtype:?} o"), &o, case.values("o"));
+            let d_o = case.tensor("do");
+            let (dq, dk, dv) =
+                device.attention_grad(&d_o, &q, &k, &v, &o, &lse, &[0, n], &shape, compute).expect("attention_grad");
+            for (key, got) in [("dq", &dq), ("dk", &dk), ("dv", &dv)] {
+                assert_equal(&*device, &format!("{name} {dtype:?} {key}"), got, case.values(key));
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_f32_are_cut_where_mkl_cuts_them_and_narrow_ones_computed_as_it_does() {
+    let device = cpu();
+    for name in ["linear_chain", "linear_halves", "linear_blocks", "linear_narrow", "linear_wide"] {
+        let case = Case::new(&*device, name, DType::F32);
+        let (x, w, dy) = (case.tensor("x"), case.tensor("w"), case.tensor("dy"));
+        let (f32, compute) = (DType::F32, Compute::F32);
+        if name != "linear_wide" {
+            let y = device.linear(&x, &w, None, compute, f32).expect("linear");
+            assert_equal(&*device, name, &y, case.values("y"));
+        }
+        let dx = device.linear_input_grad(&dy, &w, compute, f32).expect("linear_input_grad");
+        assert_equal(&*device, &format!("{name} dx"), &dx, case.values("dx"));
+        let dw = device.linear_weight_grad(&dy, &x, &[0, x.rows()], compute, f32).expect("linear_weight_grad");
+        assert_equal(&*device, &format!("{name} dw"), &dw, case.values("dw"));
+    }
+}
+
+#[test]
+fn gate_and_loss_round_where_pytorchs_compiler_does() {
+    let device = cpu();
+    let case = Case::new(&*device, "gate_bits", DType::F32);
+    let (gate, up) = (case.tensor("gate"), case.tensor("up"));
+    assert_equal(&*device, "y", &device.gate(&gate, &up).expect("gate"), case.values("y"));
+    let (d_gate, d_up) = device.gate_grad(&case.tensor("d"), &gate, &up).expect("gate_grad");
+    assert_equal(&*device, "d_gate", &d_gate, case.values("d_gate"));
+    assert_equal(&*device, "d_up", &d_up, case.values("d_up"));
+
+    let case = Case::new(&*device, "loss_bits", DType::F32);
+    let labels: Vec<u32> = case.values("labels").iter().map(|&label| label as u32).collect();
+    let seed = vec![1.0 / 84.0; labels.len()];
+    let (losses, d) = device.cross_entropy(&case.tensor("logits"), &labels, &seed).expect("cross_entropy");
+    assert_eq!(losses, case.values("loss"));
+    assert_equal(&*device, "d", &d, case.values("d"));
+}
+
+#[test]
+fn vector_norm_adds_eight_lanes_and_then_the_rest() {
+    let device = cpu();
+    for n in [5, 1013] {
+        let case = Case::new(&*device, &format!("norm_of_{n}"), DType::F32);
+        let x = Tensor { shape: vec![n, 1], ..case.tensor("x") };
+        let norms = device.norms(&x, &[0, n]).expect("norms");
+        assert_eq!((norms[0].0, norms[0].1), (case.values("norm")[0], 0), "{n} elements");
     }
 }

@@ -89,7 +89,7 @@ fn perturbed_replays_widen_what_is_allowed() {
 
 #[test]
 fn after_the_bump_the_band_counts_and_a_single_replay_is_none() {
-    let logged = rows(&[1.0, 1.0, 1.0, 5.0, 3.0]);
+    let logged = rows(&[1.0, 1.000_001, 1.0, 5.0, 3.0]);
     let ours = trace(&[1.0, 1.0, 1.0, 5.2, 4.0]);
     let alone = certify(&logged, false, FLOOR, &ours, &[]);
     assert_eq!((alone.bump_at, alone.departs_at), (Some(4), None));
@@ -100,6 +100,17 @@ fn after_the_bump_the_band_counts_and_a_single_replay_is_none() {
     let flat = trace(&[1.0, 1.0, 1.0, 1.0, 1.0]);
     let missed = certify(&logged, false, FLOOR, &flat, std::slice::from_ref(&flat));
     assert_eq!(missed.departs_at, Some(4), "a replay that does not jump is no reproduction");
+}
+
+#[test]
+fn where_every_bit_was_equal_the_line_counts_after_the_bump_too() {
+    let logged = rows(&[1.0, 0.9, 0.8, 5.0, 3.0]);
+    let exact = certify(&logged, false, FLOOR, &trace(&[1.0, 0.9, 0.8, 5.0, 3.0]), &[]);
+    assert_eq!((exact.verdict, exact.exact_to, exact.bump_at), (Reproduction::Reproduced, Some(5), Some(4)));
+    let parted = certify(&logged, false, FLOOR, &trace(&[1.0, 0.9, 0.8, 0.7, 0.6]), &[]);
+    assert_eq!((parted.departs_at, parted.exact_to), (Some(4), Some(3)));
+    let near = certify(&logged, false, FLOOR, &trace(&[1.0, 0.9000001, 0.8, 0.7, 0.6]), &[]);
+    assert_eq!((near.departs_at, near.exact_to), (None, Some(1)), "one replay that is not exact is no band");
 }
 
 #[test]

@@ -73,6 +73,29 @@ fn the_demonstration_reproduces_its_spike() {
     assert_eq!((certificate.verdict, certificate.bump_at), (Reproduction::Reproduced, Some(3)));
 }
 
+/// Whole runs recorded by LLaMA-Factory on a CPU, spikes included: every logged loss, gradient norm and learning rate
+/// equals the replay's to the last bit.
+#[test]
+fn bf16_runs_replay_to_the_last_bit_of_their_logs() {
+    if !cpu_multiplies_pairs() {
+        println!("skipped: this processor has no AVX512-BF16, with which the runs were recorded");
+        return;
+    }
+    for (run, steps, spike) in [("runs/e1-restarts-llama-bf16", 60, Some(35)), ("runs/d1-noopt-llama-bf16", 24, None)] {
+        let replayer = open(run);
+        let trace = replayer.replay(&Start::Initial, steps, &[], &mut Silent).expect("replay");
+        let floor = Envelope::floor(replayer.scene().engine.plan());
+        let certificate = certify(&replayer.run().log.rows, false, floor, &trace, &[]);
+        assert_eq!((certificate.verdict, certificate.exact_to), (Reproduction::Reproduced, Some(steps)), "{run}");
+        assert_eq!(certificate.comparisons.len() as u64, steps, "{run}: a step is not in the log");
+        assert!(spike.is_none_or(|s| certificate.bump_at.is_some_and(|b| b <= s)), "{run}: {:?}", certificate.bump_at);
+    }
+}
+
+fn cpu_multiplies_pairs() -> bool {
+    spikeprobe::device::open("cpu", Some(1)).expect("cpu").fingerprint().contains("bf16")
+}
+
 #[test]
 fn the_demonstration_spikes_within_the_band_of_other_honest_arithmetics() {
     let replayer = open(DEMO);
