@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::combine::{NARROW, Order, Terms, Transposed, combine};
 use super::{Head, KEYS, Plan, output_dtype};
 use crate::device::Compute;
-use crate::device::cpu::math;
+use crate::device::cpu::math::{self, LANES};
 use crate::device::cpu::rounding::{self, Round, round_operand, with_round};
 use crate::device::cpu::simd::vectorised;
 use crate::device::cpu::threads::Shared;
@@ -177,7 +177,7 @@ fn query(
             for (p, s) in p.iter_mut().zip(scores.iter()) {
                 *p = math::exp(*s - row.lse);
             }
-            let delta = math::sum([d_o, row.o], |[d, o]| d * o);
+            let delta = sum_of_products(d_o, row.o, plan.compute);
             operands.transposed_v.dot(d_o, first, count, scores);
             for ((ds, &p), dp) in ds.iter_mut().zip(p.iter()).zip(scores.iter()) {
                 *ds = p * (*dp - delta);
@@ -190,6 +190,15 @@ fn query(
         },
     );
     rounding::round_slice(dq, output_dtype(plan.compute));
+}
+
+/// Σ x·y as PyTorch's `map2_reduce_all` adds it: half operands come in two registers, each with a sum of its own.
+#[inline(always)]
+fn sum_of_products(x: &[f32], y: &[f32], compute: Compute) -> f32 {
+    match compute {
+        Compute::Bf16 | Compute::F16 => math::sum_in_lanes::<{ 2 * LANES }, 2>([x, y], |[x, y]| x * y),
+        Compute::F32 | Compute::Tf32 => math::sum([x, y], |[x, y]| x * y),
+    }
 }
 
 /// total[j] = round(total[j] + scale·Σ_i weights[i][j]·rows[i]) for the keys j of a block, i over its queries.
