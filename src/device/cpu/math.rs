@@ -43,7 +43,7 @@ pub fn ln(x: f32) -> f32 {
     if !x.is_finite() {
         return x;
     }
-    const LN2: (f32, f32) = (0.693_147_2, -1.904_654_3e-9);
+    const LN2: (f32, f32) = (std::f32::consts::LN_2, -1.904_654_3e-9);
     let exponent = ((x * (1.0 / 0.75)).to_bits() >> 23) as i32 - 127;
     let e = exponent as f32;
     let m = f32::from_bits(x.to_bits().wrapping_sub((exponent as u32) << 23));
