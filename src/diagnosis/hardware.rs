@@ -76,11 +76,15 @@ impl Search<'_, '_> {
             return Ok(self.transient("NaN has spread to the whole adapter, so no element can be told from another"));
         }
         let replayed = self.lab.adapter(self.near, checkpoint.step, &[])?;
-        let before = self.lab.adapter(self.near, step - 1, &[])?;
+        let logged = self.logged_together().rev();
+        let before = logged.map(|step| Ok((step, self.lab.adapter(self.near, step - 1, &[])?)));
+        let before: Vec<(u64, AdapterWeights)> = before.collect::<Result<_>>()?;
         let elements = far_elements(&recorded, &replayed);
         for element in &elements {
-            if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, &before)? {
-                return Ok(fault);
+            for (step, before) in &before {
+                if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, *step, before)? {
+                    return Ok(fault);
+                }
             }
         }
         for element in &elements {
@@ -94,11 +98,13 @@ impl Search<'_, '_> {
         Ok(self.transient(&format!("no single bit of the adapter or its moments explains the next checkpoint{nearby}")))
     }
 
+    /// An element flipped just before `step`, when the adapter was `before`.
     fn adapter_bit(
         &mut self,
         element: &Element,
         recorded: &AdapterWeights,
         replayed: &AdapterWeights,
+        step: u64,
         before: &AdapterWeights,
     ) -> Result<Option<Fault>> {
         let value = |weights: &AdapterWeights| f64::from(values(weights, element)[element.index]);
@@ -108,11 +114,9 @@ impl Search<'_, '_> {
         let half = self.subject.plan.adapter != DType::F32;
         let ranked = bits::candidates(value(before) as f32, after, half);
         for (bit, _) in ranked.into_iter().take(BITS) {
-            for step in self.logged_together().rev() {
-                let flip = self.flip(recorded, element, element.target, step, bit);
-                if self.gives_the_log(&flip)? {
-                    return Ok(Some(self.fault(&flip, value(before) as f32)));
-                }
+            let flip = self.flip(recorded, element, element.target, step, bit);
+            if self.gives_the_log(&flip)? {
+                return Ok(Some(self.fault(&flip, value(before) as f32)));
             }
         }
         Ok(None)
