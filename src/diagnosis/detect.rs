@@ -30,6 +30,9 @@ const BEYOND_USUAL: f64 = 1.5;
 const MIN_BOUNDARY: f64 = 1.25;
 /// A jump stands above the highest of the recent rows by this factor.
 const CLEAR: f64 = 1.2;
+/// With so few differences nothing that rises by this factor is called noise: a bad row may be in every other line of a
+/// short log.
+const STEEP: f64 = 8.0;
 /// Rises that alternate are no higher than this factor …
 const MAX_OSCILLATION: f64 = 4.0;
 /// … and are called so from this many on.
@@ -224,16 +227,20 @@ impl Past {
     /// A loss that falls fast also bounces, so that only a clear rise counts there, as where the noise is unknown.
     fn threshold(&self) -> f64 {
         let moves = sorted(tail(&self.moves, MOVES).iter().copied());
-        let unsure = self.moves.len() < ENOUGH || quantile(&moves, 0.5) < -DESCENT;
+        let unsure = !self.knows_noise() || quantile(&moves, 0.5) < -DESCENT;
         let floor = if unsure { MIN_JUMP_SHORT } else { MIN_JUMP };
-        floor.ln().max(self.noise())
+        let noise = if self.knows_noise() { self.noise() } else { self.noise().min(STEEP.ln()) };
+        floor.ln().max(noise)
+    }
+    fn knows_noise(&self) -> bool {
+        self.moves.len() >= ENOUGH
     }
     /// Least ln-rise of rows together, the lowest of them `lowest`, that noise of so many `deviations` does not
     /// explain. Where the noise is unknown the rows must pass what the run started from, or rise as clearly as a
     /// single one.
     fn divergence_threshold(&self, lowest: f64, deviations: f64) -> f64 {
         let usual = tail(&self.stays, LONG).iter().copied().fold(0.0, f64::max);
-        let known = self.moves.len() >= ENOUGH || lowest >= self.start();
+        let known = self.knows_noise() || lowest >= self.start();
         let floor = if known { MIN_DIVERGENCE } else { MIN_JUMP_SHORT };
         floor.ln().max(deviations * self.upward_deviation()).max(BEYOND_USUAL * usual)
     }
@@ -298,7 +305,7 @@ fn rise(rows: &[LogRow], index: usize, past: &Past) -> Option<Found> {
     });
     let stays = staying.is_some();
     // Above the easy row before it is not enough: it must stand above the hard ones too.
-    let clear = loss >= CLEAR * past.maximum(RECENT);
+    let clear = loss >= CLEAR * past.maximum(RECENT) || (!past.knows_noise() && climbs >= STEEP.ln());
     let jumps = clear && (climbs >= threshold || past.passes_the_start(loss, climbs));
     if !stays && !jumps {
         return None;

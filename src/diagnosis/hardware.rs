@@ -5,6 +5,8 @@
 //! proves one: it must give the logged loss and gradient norm of the step, and the checkpoint's element. A frozen
 //! weight or an activation that flipped for one step leaves no trace on disk but a broken step.
 
+use std::ops::RangeInclusive;
+
 use super::departure::distance;
 use super::height::Point;
 use super::investigate::Budget;
@@ -22,7 +24,7 @@ const BITS: usize = 3;
 /// An element counts as flipped beyond this many times the difference of the 99.9th percentile of all.
 const STANDS_OUT: f64 = 4.0;
 /// A flipped moment shows in the update it feeds: sign and exponent of an f32 are tried.
-const MOMENT_BITS: std::ops::RangeInclusive<u32> = 23..=31;
+const MOMENT_BITS: RangeInclusive<u32> = 23..=31;
 /// |ln| within which an injected flip gives the logged loss and gradient norm.
 const SAME_LOSS: f64 = 0.02;
 const SAME_NORM: f64 = 0.1;
@@ -59,20 +61,8 @@ pub fn locate(
     let mut search = Search { subject, lab, near, step, budget };
     match search.run() {
         Err(error) if error.kind == Kind::Interrupted => Err(error),
-        Err(error) => Ok(transient(step, &format!("no checkpoint after it could be compared ({})", error.what))),
+        Err(error) => Ok(search.transient(&format!("no checkpoint after it could be compared ({})", error.what))),
         Ok(fault) => Ok(fault),
-    }
-}
-
-fn transient(step: u64, why: &str) -> Fault {
-    Fault {
-        step,
-        target: "transient".into(),
-        tensor: None,
-        element: None,
-        bit: None,
-        proved: false,
-        message: format!("a transient fault in the forward or backward pass of step {step}; {why}"),
     }
 }
 
@@ -80,17 +70,21 @@ impl Search<'_, '_> {
     fn run(&mut self) -> Result<Fault> {
         let step = self.step;
         let next = self.subject.run.checkpoints.iter().find(|c| c.step >= step);
-        let Some(checkpoint) = next else { return Ok(transient(step, "no checkpoint after it tells more")) };
+        let Some(checkpoint) = next else { return Ok(self.transient("no checkpoint after it tells more")) };
         let recorded = checkpoint.adapter()?;
         if recorded.modules.iter().all(|m| m.b.iter().all(|x| !x.is_finite())) {
-            return Ok(transient(step, "NaN has spread to the whole adapter, so no element can be told from another"));
+            return Ok(self.transient("NaN has spread to the whole adapter, so no element can be told from another"));
         }
         let replayed = self.lab.adapter(self.near, checkpoint.step, &[])?;
-        let before = self.lab.adapter(self.near, step - 1, &[])?;
+        let logged = self.logged_together().rev();
+        let before = logged.map(|step| Ok((step, self.lab.adapter(self.near, step - 1, &[])?)));
+        let before: Vec<(u64, AdapterWeights)> = before.collect::<Result<_>>()?;
         let elements = far_elements(&recorded, &replayed);
         for element in &elements {
-            if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, &before)? {
-                return Ok(fault);
+            for (step, before) in &before {
+                if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, *step, before)? {
+                    return Ok(fault);
+                }
             }
         }
         for element in &elements {
@@ -101,17 +95,16 @@ impl Search<'_, '_> {
         let nearby = elements.first().map_or_else(String::new, |e| {
             format!(", though {} {}[{}] differs most", recorded.modules[e.module].path, word(e.target), e.index)
         });
-        Ok(transient(
-            step,
-            &format!("no single bit of the adapter or its moments explains the next checkpoint{nearby}"),
-        ))
+        Ok(self.transient(&format!("no single bit of the adapter or its moments explains the next checkpoint{nearby}")))
     }
 
+    /// An element flipped just before `step`, when the adapter was `before`.
     fn adapter_bit(
         &mut self,
         element: &Element,
         recorded: &AdapterWeights,
         replayed: &AdapterWeights,
+        step: u64,
         before: &AdapterWeights,
     ) -> Result<Option<Fault>> {
         let value = |weights: &AdapterWeights| f64::from(values(weights, element)[element.index]);
@@ -121,12 +114,34 @@ impl Search<'_, '_> {
         let half = self.subject.plan.adapter != DType::F32;
         let ranked = bits::candidates(value(before) as f32, after, half);
         for (bit, _) in ranked.into_iter().take(BITS) {
-            let flip = self.flip(recorded, element, element.target, self.step, bit);
+            let flip = self.flip(recorded, element, element.target, step, bit);
             if self.gives_the_log(&flip)? {
                 return Ok(Some(self.fault(&flip, value(before) as f32)));
             }
         }
         Ok(None)
+    }
+
+    fn transient(&self, why: &str) -> Fault {
+        let steps = self.logged_together();
+        let (first, last) = (*steps.start(), *steps.end());
+        let place = if first < last { format!("one of the steps {first} to {last}") } else { format!("step {last}") };
+        Fault {
+            step: self.step,
+            target: "transient".into(),
+            tensor: None,
+            element: None,
+            bit: None,
+            proved: false,
+            message: format!("a transient fault in the forward or backward pass of {place}; {why}"),
+        }
+    }
+
+    /// The steps whose mean is the log row that parts: any of them may be the flip's.
+    fn logged_together(&self) -> RangeInclusive<u64> {
+        let row = self.subject.rows.iter().find(|row| row.step == self.step);
+        let window = row.map_or(1, |row| row.window.max(1));
+        (self.step + 1).saturating_sub(window).max(1)..=self.step
     }
 
     /// A moment flipped before the update ahead of the departure.

@@ -14,17 +14,23 @@ const HALVINGS: usize = 4;
 const FEWEST: usize = 4;
 /// … as long as so many windows are left for the trials.
 const RESERVED: u64 = 30;
+/// Steps ahead of the spike's windows whose micro-batches show what is usual.
+const SURROUNDINGS: u64 = 4;
 
 impl Bench<'_, '_> {
     /// Micro-batches that stand out in the spike's windows and also in an earlier, sound state.
     pub(super) fn suspects(&mut self) -> Result<Vec<Suspect>> {
         // To the last step at which trials are measured: a bad row in any of these windows keeps the height up.
         let from = self.onset.saturating_sub(EARLY).max(1);
-        let mut suspects = rows::suspects(&self.out.baseline, from, self.to.max(self.found.step));
+        let to = self.to.max(self.found.step);
+        let ahead =
+            if rows::high(&self.out.baseline, from, to).next().is_some() { self.ahead(from)? } else { Vec::new() };
+        let steps: Vec<StepRecord> = ahead.iter().chain(&self.out.baseline).cloned().collect();
+        let mut suspects = rows::suspects(&steps, from, to);
         suspects.truncate(6);
         let mut confirmed = Vec::new();
         for suspect in suspects {
-            if self.budget.allows(1) && self.bad_in_another_state(&suspect)? {
+            if self.budget.allows(1) && self.bad_in_another_state(&suspect, &ahead)? {
                 let alone = self.without_bystanders(suspect)?;
                 confirmed.push(self.token_range(alone)?);
             }
@@ -32,10 +38,26 @@ impl Bench<'_, '_> {
         Ok(confirmed)
     }
 
-    /// The 2 × 2 of state and window: the suspect's window run in the state before an earlier step.
-    fn bad_in_another_state(&mut self, suspect: &Suspect) -> Result<bool> {
+    /// Windows from before the replayed steps, in the state of the start point, where too few steps lie between it and
+    /// the spike to say what micro-batches usually differ by: bad rows of the spike's own windows would say it.
+    fn ahead(&mut self, from: u64) -> Result<Vec<StepRecord>> {
         let first = step_of(&self.near) + 1;
-        let Some(earlier) = (first..suspect.step).rev().find(|s| s + 2 <= self.found.step.min(suspect.step)) else {
+        let missing = SURROUNDINGS.saturating_sub(from.saturating_sub(first)).min(first - 1);
+        let mut all = Vec::new();
+        for with in first - missing..first {
+            if !self.budget.allows(1) {
+                break;
+            }
+            let trace = self.lab.replay(&self.near, first, &[Intervention::SwapWindow { step: first, with }])?;
+            self.budget.used += 1;
+            all.extend(trace.steps.into_iter().map(|record| StepRecord { step: with, ..record }));
+        }
+        Ok(all)
+    }
+
+    /// The 2 × 2 of state and window: the suspect's window run in the state before an earlier step.
+    fn bad_in_another_state(&mut self, suspect: &Suspect, ahead: &[StepRecord]) -> Result<bool> {
+        let Some(earlier) = earlier_state(step_of(&self.near) + 1, self.found.step.min(suspect.step)) else {
             // Nothing before it to run it in: another epoch's appearance in the log cannot be separated from damage.
             return Ok(false);
         };
@@ -44,7 +66,7 @@ impl Bench<'_, '_> {
         self.budget.used += 1;
         let swapped: Vec<StepRecord> = trace.steps.into_iter().filter(|r| r.step == earlier).collect();
         let others = self.out.baseline.iter().filter(|r| r.step < self.found.step && r.step != earlier).cloned();
-        let mut steps: Vec<StepRecord> = others.chain(swapped).collect();
+        let mut steps: Vec<StepRecord> = ahead.iter().cloned().chain(others).chain(swapped).collect();
         steps.sort_by_key(|r| r.step);
         Ok(rows::suspects(&steps, earlier, earlier).iter().any(|s| s.micro_batch == suspect.micro_batch))
     }
@@ -67,8 +89,9 @@ impl Bench<'_, '_> {
             let others: Vec<_> = suspect.rows.iter().copied().filter(|r| *r != row).collect();
             let trace = self.lab.replay(&self.near, suspect.step, &[Intervention::NeutraliseRows(others)])?;
             self.budget.used += 1;
-            let stands_out = rows::suspects(&trace.steps, suspect.step, suspect.step);
-            if stands_out.iter().any(|s| s.micro_batch == suspect.micro_batch) {
+            // Half of what both together are above the others: how much others differ was asked before.
+            let guilty_alone = |s: &Suspect| s.micro_batch == suspect.micro_batch && 2.0 * s.excess >= suspect.excess;
+            if rows::high(&trace.steps, suspect.step, suspect.step).any(|s| guilty_alone(&s)) {
                 guilty.push(row);
             }
         }
@@ -174,6 +197,12 @@ impl Bench<'_, '_> {
     }
 }
 
+/// The step before `step`, from `first` on, in whose state its rows are tried again: two before it, since the update
+/// just ahead may be what damaged them; one where a checkpoint leaves no other, whose own window was still sound.
+fn earlier_state(first: u64, step: u64) -> Option<u64> {
+    [2, 1].into_iter().filter_map(|back| step.checked_sub(back)).find(|&earlier| earlier >= first)
+}
+
 /// Of the blames of a row the first.
 pub(super) fn each_once(all: Vec<RowBlame>) -> Vec<RowBlame> {
     let mut kept: Vec<RowBlame> = Vec::new();
@@ -184,4 +213,18 @@ pub(super) fn each_once(all: Vec<RowBlame>) -> Vec<RowBlame> {
     }
     kept.sort();
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_tried_in_the_state_two_steps_before_or_in_the_only_one_there_is() {
+        assert_eq!(earlier_state(17, 26), Some(24));
+        assert_eq!(earlier_state(25, 27), Some(25));
+        assert_eq!(earlier_state(25, 26), Some(25), "a checkpoint two steps ahead of the spike");
+        assert_eq!(earlier_state(26, 26), None);
+        assert_eq!(earlier_state(1, 1), None);
+    }
 }

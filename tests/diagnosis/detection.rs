@@ -45,6 +45,14 @@ fn a_jump_out_of_a_quiet_plateau_is_found_with_its_step_and_height() {
     assert!((found[0].height - 10f64.ln()).abs() < 0.05, "{}", found[0].height);
 }
 
+/// Logged every few steps, a bad row lies in every other line of a short log.
+#[test]
+fn jumps_far_beyond_alternating_rows_are_found_before_the_noise_of_a_log_is_known() {
+    let steps = |losses: &[f64]| found(losses).iter().map(|f| f.step).collect::<Vec<_>>();
+    assert_eq!(steps(&[2.4, 0.5, 1.6, 0.09, 1.5, 0.07, 1.2, 0.065, 1.1, 0.06]), [5, 7, 9]);
+    assert!(steps(&[2.4, 0.9, 2.0, 0.6, 1.9, 0.5, 1.8, 0.5, 1.7, 0.5]).is_empty(), "lengths that alternate");
+}
+
 #[test]
 fn a_rise_that_stays_is_a_divergence_to_the_end_of_the_log() {
     let mut losses = descent(24);
