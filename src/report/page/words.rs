@@ -106,14 +106,18 @@ pub fn evidence(diagnosis: &Diagnosis, baseline_height: Option<f64>) -> Vec<Stri
 /// What the replay proved about itself.
 pub fn certificate_line(certificate: &crate::diagnosis::CertificateSummary) -> String {
     let span = format!("steps {}–{}", certificate.from, certificate.to);
+    let compared = certificate.departs_at != Some(certificate.from);
+    let exact = compared && certificate.loss_max_rel == 0.0 && certificate.grad_norm_max_rel == 0.0;
+    let agree = if exact { "agree to the last bit" } else { "agree" };
     match (certificate.verdict.as_str(), certificate.departs_at) {
+        ("reproduced", _) if exact => format!("Replay and log {agree} over {span}"),
         ("reproduced", _) => format!(
             "Replay and log agree over {span}: loss within {}, grad_norm within {}",
             number(certificate.loss_max_rel),
             number(certificate.grad_norm_max_rel)
         ),
         ("departs", Some(step)) => {
-            format!("Replay and log agree up to step {} and part at step {step}", step.saturating_sub(1))
+            format!("Replay and log {agree} up to step {} and part at step {step}", step.saturating_sub(1))
         }
         ("no_log", _) => format!("Replayed {span}; there is no log to compare with"),
         (other, _) => format!("Replay of {span}: {}", plain(other)),
