@@ -4,11 +4,10 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Instant;
 
 mod smollm2;
 
-use smollm2::{UNITS, adapter, window, write_model};
+use smollm2::{UNITS, adapter, compare, window, write_model};
 use spikeprobe::device::hooked::{Hook, Hooked};
 use spikeprobe::device::{Compute, DType, Device, cpu::CpuDevice, noise};
 use spikeprobe::model::{BaseModel, Engine, Gradients, PassOptions, PrecisionPlan};
@@ -18,29 +17,6 @@ use spikeprobe::numerics::Checksums;
 const N: usize = 728;
 const IN: usize = 576;
 const OUT: usize = 1536;
-
-/// Prints the shortest time of each and what the second costs more: of the shortest (another process on the machine only
-/// ever adds time), and in the median of the turns.
-fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), checked: &mut dyn FnMut()) {
-    let seconds = |run: &mut dyn FnMut()| {
-        let began = Instant::now();
-        run();
-        began.elapsed().as_secs_f64()
-    };
-    alone();
-    checked();
-    let turns: Vec<(f64, f64)> = (0..turns).map(|_| (seconds(alone), seconds(checked))).collect();
-    let shortest = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::INFINITY, f64::min);
-    let (a, b) = (shortest(|t| t.0), shortest(|t| t.1));
-    let mut ratios: Vec<f64> = turns.iter().map(|t| t.1 / t.0).collect();
-    ratios.sort_by(f64::total_cmp);
-    let (of_shortest, median) = (100.0 * (b / a - 1.0), 100.0 * (ratios[ratios.len() / 2] - 1.0));
-    println!(
-        "{name:<28} alone {:8.2} ms  checked {:8.2} ms  {of_shortest:+.1} % (median of turns {median:+.1} %)",
-        1e3 * a,
-        1e3 * b
-    );
-}
 
 /// `inner` with every product checked.
 fn checked(inner: &Arc<dyn Device>) -> (Arc<dyn Device>, Arc<Checksums>) {

@@ -2,6 +2,7 @@
 //! micro-batches of one row of 91 tokens: what a step costs does not depend on what the weights say.
 
 use std::path::Path;
+use std::time::Instant;
 
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -80,4 +81,29 @@ pub fn window(vocab: usize) -> Ragged {
         })
         .collect();
     Ragged::build(rows.iter().map(|(ids, labels)| [Row { ids, labels, pack: None }]), vocab).expect("rows")
+}
+
+/// Runs the two in turns, so that whatever else the machine does meets both, and prints the shortest time of each and
+/// what the second costs more: of the shortest (another process on the machine only ever adds time), and in the median
+/// of the turns.
+#[allow(dead_code)] // not every bench compares in turns
+pub fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), with: &mut dyn FnMut()) {
+    let seconds = |run: &mut dyn FnMut()| {
+        let began = Instant::now();
+        run();
+        began.elapsed().as_secs_f64()
+    };
+    alone();
+    with();
+    let turns: Vec<(f64, f64)> = (0..turns).map(|_| (seconds(alone), seconds(with))).collect();
+    let shortest = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::INFINITY, f64::min);
+    let (a, b) = (shortest(|t| t.0), shortest(|t| t.1));
+    let mut ratios: Vec<f64> = turns.iter().map(|t| t.1 / t.0).collect();
+    ratios.sort_by(f64::total_cmp);
+    let (of_shortest, median) = (100.0 * (b / a - 1.0), 100.0 * (ratios[ratios.len() / 2] - 1.0));
+    println!(
+        "{name:<28} alone {:8.2} ms  with {:8.2} ms  {of_shortest:+.1} % (median of turns {median:+.1} %)",
+        1e3 * a,
+        1e3 * b
+    );
 }

@@ -125,9 +125,9 @@ pub struct Statistics {
     pub max_abs: f32,
     /// Smallest non-zero magnitude, 0 if none.
     pub min_abs: f32,
-    /// Σx² over finite elements. On CUDA eight neighbours are added in f32: off by at most 4.2e-7 of it.
+    /// Σx² over finite elements. Eight neighbours may be added in f32: off by at most 4.8e-7 of it.
     pub sum_squares: f64,
-    /// Σx; on CUDA off by at most 4.2e-7 of Σ|x|.
+    /// Σx; off by at most 4.2e-7 of Σ|x|.
     pub sum: f64,
 }
 

@@ -1,6 +1,7 @@
 //! What a probe measures about a tensor, in one pass over it, and norms as PyTorch reports them.
 //!
-//! Classes are decided on the bits of |x|, so that NaN and the ends of the target's range need no care; sums are f64.
+//! Classes are decided on the bits of |x|, so that NaN and the ends of the target's range need no care. Sums are f64;
+//! where no square can leave f32's range, [`NEIGHBOURS`] of a lane are added in f32 first, as on CUDA.
 
 use super::CpuDevice;
 use super::math::{LANES, VectorNorm};
@@ -11,6 +12,12 @@ use crate::device::{DType, Statistics, Tensor};
 
 /// Bits of |x|: infinity; above it NaN.
 const INFINITY: u32 = 0x7f80_0000;
+
+/// Bits of |x|.
+#[inline(always)]
+fn magnitude(x: f32) -> u32 {
+    x.to_bits() & 0x7fff_ffff
+}
 
 /// Ends of a dtype's range as bits of f32 magnitudes.
 #[derive(Clone, Copy)]
@@ -35,8 +42,9 @@ impl Range {
     }
 }
 
-/// Elements a piece: counts of a piece fit u32 lanes, and its f32 copy fits the cache.
-const PIECE: usize = 1 << 12;
+/// Elements a piece: counts of a piece fit u32 lanes, its second pass finds it in the cache, and taking the next one
+/// costs little beside it.
+const PIECE: usize = 1 << 14;
 
 impl CpuDevice {
     pub(super) fn statistics_impl(&self, x: &Tensor, units: &[usize], target: DType) -> Result<Vec<Statistics>> {
@@ -46,12 +54,12 @@ impl CpuDevice {
         let pieces = pieces(units, x.columns());
         let parts = self.workers.map(pieces.len(), x.elements(), |i| {
             let (_, at, n) = pieces[i];
-            let mut scratch = [0f32; PIECE];
-            let values = borrow(&source, at, n, &mut scratch);
-            vectorised(
-                #[inline(always)]
-                || measure(values, range),
-            )
+            with_values(&source, at, n, |values| {
+                vectorised(
+                    #[inline(always)]
+                    || measure(values, range),
+                )
+            })
         });
         let mut result = vec![Statistics::default(); units.len() - 1];
         for ((unit, ..), part) in pieces.iter().zip(&parts) {
@@ -66,17 +74,17 @@ impl CpuDevice {
         Ok(self.workers.map(units.len() - 1, x.elements(), |unit| {
             let (mut at, end) = (units[unit] * x.columns(), units[unit + 1] * x.columns());
             let (mut norm, mut nonfinite) = (VectorNorm::default(), 0);
-            let mut scratch = [0f32; PIECE];
             while at < end {
                 let n = PIECE.min(end - at);
-                let values = borrow(&source, at, n, &mut scratch);
-                nonfinite += vectorised(
-                    #[inline(always)]
-                    || {
-                        norm.add(values);
-                        values.iter().map(|x| u64::from(!x.is_finite())).sum::<u64>()
-                    },
-                );
+                nonfinite += with_values(&source, at, n, |values| {
+                    vectorised(
+                        #[inline(always)]
+                        || {
+                            norm.add(values);
+                            values.iter().map(|x| u64::from(!x.is_finite())).sum::<u64>()
+                        },
+                    )
+                });
                 at += n;
             }
             (norm.finish(), nonfinite)
@@ -98,13 +106,14 @@ fn pieces(units: &[usize], columns: usize) -> Vec<(usize, usize, usize)> {
     pieces
 }
 
-/// Elements as f32: in place where they are, else copied to `scratch`.
-fn borrow<'a>(source: &Elements<'a>, at: usize, n: usize, scratch: &'a mut [f32; PIECE]) -> &'a [f32] {
+/// Shows `f` at most [`PIECE`] elements as f32: in place where they are, else a copy.
+fn with_values<R>(source: &Elements<'_>, at: usize, n: usize, f: impl FnOnce(&[f32]) -> R) -> R {
     match *source {
-        Elements::Wide(values) => &values[at..at + n],
+        Elements::Wide(values) => f(&values[at..at + n]),
         Elements::Packed(..) => {
+            let mut scratch = [0f32; PIECE];
             source.read(at, &mut scratch[..n]);
-            &scratch[..n]
+            f(&scratch[..n])
         }
     }
 }
@@ -128,8 +137,7 @@ impl Counts {
     #[inline(always)]
     fn take(&mut self, chunk: &[f32], range: Range) {
         for (l, &x) in chunk.iter().enumerate() {
-            let bits = x.to_bits();
-            let magnitude = bits & 0x7fff_ffff;
+            let (bits, magnitude) = (x.to_bits(), magnitude(x));
             let finite = magnitude < INFINITY;
             let nonzero = magnitude != 0;
             self.nan[l] += (magnitude > INFINITY) as u32;
@@ -158,24 +166,45 @@ struct Ordinary {
     sum: [f64; LANES],
 }
 
+/// Elements of a lane that are added in f32 before they join the f64 sums.
+const NEIGHBOURS: usize = 8;
+
+/// Bits of the magnitudes from 2^-50 to 2^60, whose squares f32 sums: eight of the largest do not overflow, and what the squares of much smaller ones
+/// lose below f32's normal range is nothing beside the square of one that is not.
+const SQUARABLE: std::ops::Range<u32> = (127 - 50) << 23..(127 + 60) << 23;
+
 impl Ordinary {
+    /// At most NEIGHBOURS · LANES elements.
     #[inline(always)]
-    fn take(&mut self, chunk: &[f32]) {
+    fn take(&mut self, run: &[f32]) {
+        let (mut squares, mut sum) = ([0f32; LANES], [0f32; LANES]);
+        let mut chunks = run.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            self.add(chunk, &mut squares, &mut sum);
+        }
+        self.add(chunks.remainder(), &mut squares, &mut sum);
+        for l in 0..LANES {
+            self.squares[l] += f64::from(squares[l]);
+            self.sum[l] += f64::from(sum[l]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, chunk: &[f32], squares: &mut [f32; LANES], sum: &mut [f32; LANES]) {
         for (l, &x) in chunk.iter().enumerate() {
-            let magnitude = x.to_bits() & 0x7fff_ffff;
+            let magnitude = magnitude(x);
             self.largest[l] = self.largest[l].max(magnitude);
             // Zero wraps to the largest number and so never is the smallest.
             self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
             self.zero[l] += (magnitude == 0) as u32;
-            let wide = x as f64;
-            self.squares[l] = wide.mul_add(wide, self.squares[l]);
-            self.sum[l] += wide;
+            squares[l] = x.mul_add(x, squares[l]);
+            sum[l] += x;
         }
     }
 }
 
-/// A piece without surprises (nothing non-finite, nothing outside the target's normal range but zeros) needs a third
-/// of the operations: everything is decided by the largest and the smallest magnitude.
+/// One pass for what every tensor has; finite elements beyond the target's normal range are counted in a second one,
+/// and a piece with surprises (something non-finite, squares beyond f32) is measured anew with all counts.
 #[inline(always)]
 fn measure(values: &[f32], range: Range) -> Statistics {
     let mut lanes = Ordinary {
@@ -185,26 +214,34 @@ fn measure(values: &[f32], range: Range) -> Statistics {
         squares: [0.0; LANES],
         sum: [0.0; LANES],
     };
-    let mut chunks = values.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        lanes.take(chunk);
+    let mut runs = values.chunks_exact(NEIGHBOURS * LANES);
+    for run in &mut runs {
+        lanes.take(run);
     }
-    lanes.take(chunks.remainder());
+    lanes.take(runs.remainder());
     let Ordinary { largest, smallest, zero, squares, sum } = lanes;
     let largest = largest.iter().fold(0, |a, &b| a.max(b));
     let smallest = smallest.iter().fold(u32::MAX, |a, &b| a.min(b)).wrapping_add(1);
-    if largest >= range.infinite.min(INFINITY) || (smallest != 0 && smallest < range.normal) {
+    if largest != 0 && !SQUARABLE.contains(&largest) {
         return measure_all(values, range);
     }
-    Statistics {
+    let mut found = Statistics {
         elements: values.len() as u64,
-        zero: zero.iter().map(|&c| c as u64).sum(),
+        zero: zero.iter().map(|&c| u64::from(c)).sum(),
         max_abs: f32::from_bits(largest),
         min_abs: f32::from_bits(smallest),
         sum_squares: squares.iter().sum(),
         sum: sum.iter().sum(),
         ..Statistics::default()
+    };
+    if largest >= range.infinite || smallest < range.normal {
+        // Zero wraps to the largest number, which no end of the range reaches.
+        let below = |end: u32| values.iter().map(|x| u32::from(magnitude(*x).wrapping_sub(1) < end)).sum::<u32>();
+        found.subnormal = u64::from(below(range.normal - 1));
+        found.underflow = u64::from(below(range.vanishing));
+        found.overflow = values.len() as u64 - found.zero - u64::from(below(range.infinite - 1));
     }
+    found
 }
 
 /// The same with every count.
