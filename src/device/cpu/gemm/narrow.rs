@@ -10,8 +10,12 @@ use crate::device::cpu::threads::Workers;
 const COLUMNS: usize = 8;
 /// Rows side by side: one chain alone would wait for each of its own additions.
 const ROWS: usize = 8;
+/// The same where a row has four chains a column.
+const ABREAST: usize = 4;
 /// Chains of an element whose operands both lie along the depth.
 const LANES: usize = 4;
+/// Elements of a register.
+const REGISTER: usize = 16;
 
 pub fn fits(compute: Compute, columns: usize) -> bool {
     compute == Compute::F32 && (1..=COLUMNS).contains(&columns)
@@ -25,34 +29,63 @@ pub fn by_rows(workers: &Workers, a: &[f32], b: &[f32], k: usize, c: &mut [f32])
         return c.fill(0.0);
     }
     let whole = k / LANES * LANES;
-    // [k / 4][8 columns][4], zeros in the columns that do not exist.
-    let mut packed = vec![0f32; whole * COLUMNS];
+    // Zeros in the columns that do not exist.
+    let mut packed = vec![Chains::default(); k / LANES];
     for (column, b) in b.chunks_exact(k).enumerate() {
-        for (block, lanes) in b[..whole].chunks_exact(LANES).enumerate() {
-            packed[(block * COLUMNS + column) * LANES..][..LANES].copy_from_slice(lanes);
+        for (packed, lanes) in packed.iter_mut().zip(b.chunks_exact(LANES)) {
+            packed.as_flattened_mut()[column * LANES..][..LANES].copy_from_slice(lanes);
         }
     }
     workers.rows(c, n, k, |first, c| {
         vectorised(
             #[inline(always)]
             || {
-                for (row, c) in c.chunks_exact_mut(n).enumerate() {
-                    let a = &a[(first + row) * k..][..k];
-                    let mut sums = [0f32; COLUMNS * LANES];
-                    for (a, b) in a.chunks_exact(LANES).zip(packed.chunks_exact(COLUMNS * LANES)) {
-                        for (i, (sum, b)) in sums.iter_mut().zip(b).enumerate() {
-                            *sum += a[i % LANES] * b;
+                for (block, c) in c.chunks_mut(ABREAST * n).enumerate() {
+                    let first = first + block * ABREAST;
+                    // Rows past the end repeat the last one.
+                    let row = |row: usize| &a[(first + row.min(c.len() / n - 1)) * k..][..k];
+                    let rows = std::array::from_fn(row);
+                    let sums = chains(rows, &packed);
+                    for ((c, sums), a) in c.chunks_exact_mut(n).zip(&sums).zip(rows) {
+                        for (column, c) in c.iter_mut().enumerate() {
+                            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|lane| sums.as_flattened()[column * LANES + lane]);
+                            let rest = a[whole..].iter().zip(&b[column * k + whole..][..k - whole]);
+                            *c = rest.fold((s0 + s2) + (s1 + s3), |sum, (a, b)| sum + a * b);
                         }
-                    }
-                    for (column, c) in c.iter_mut().enumerate() {
-                        let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|lane| sums[column * LANES + lane]);
-                        let rest = a[whole..].iter().zip(&b[column * k + whole..][..k - whole]);
-                        *c = rest.fold((s0 + s2) + (s1 + s3), |sum, (a, b)| sum + a * b);
                     }
                 }
             },
         );
     });
+}
+
+/// Sums, or operands, of the four chains of eight columns, in registers.
+type Chains = [[f32; REGISTER]; COLUMNS * LANES / REGISTER];
+
+/// The chains of each row over `packed`. Loops over arrays of known length, or the compiler leaves them to scalars.
+#[inline(always)]
+fn chains(rows: [&[f32]; ABREAST], packed: &[Chains]) -> [Chains; ABREAST] {
+    let rows = rows.map(|row| &row.as_chunks::<LANES>().0[..packed.len()]);
+    let mut sums = [Chains::default(); ABREAST];
+    for (j, b) in packed.iter().enumerate() {
+        for (sums, row) in sums.iter_mut().zip(&rows) {
+            add_products(sums, &row[j], b);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn add_products(sums: &mut Chains, a: &[f32; LANES], b: &Chains) {
+    let mut repeated = [0f32; REGISTER];
+    for lanes in repeated.as_chunks_mut::<LANES>().0 {
+        *lanes = *a;
+    }
+    for (sums, b) in sums.iter_mut().zip(b) {
+        for i in 0..REGISTER {
+            sums[i] += repeated[i] * b[i];
+        }
+    }
 }
 
 /// The first operand of [`by_columns`]: element (i, j) lies at i·`row` + j·`depth`.
