@@ -17,10 +17,12 @@ mod held;
 mod init;
 mod linear;
 mod oracle;
+mod power;
 mod precision;
 mod projection;
 mod ragged;
 mod rope;
+mod trigonometry;
 mod weights;
 
 pub use adapter::{Adapter, Gradients, LoraModule};

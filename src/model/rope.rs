@@ -1,6 +1,6 @@
 //! Rotary tables: cos and sin of position · inverse frequency, as transformers' RotaryEmbedding computes them.
 
-use super::{ModelConfig, RopeType};
+use super::{ModelConfig, RopeType, power, trigonometry};
 use crate::Result;
 use crate::device::{DType, Device, Tensor};
 
@@ -12,19 +12,16 @@ pub struct RopeTables {
 }
 
 impl RopeTables {
-    /// Tables for positions 0..`positions`. Angles are f32 products (contract 4.4); their cosine is rounded once.
+    /// Tables for positions 0..`positions`. Angles are f32 products (contract 4.4); cos and sin are PyTorch's.
     pub fn new(device: &dyn Device, config: &ModelConfig, positions: usize, dtype: DType) -> Result<Self> {
         let frequencies = inverse_frequencies(config);
         let shape = [positions, frequencies.len()];
-        let table = |f: fn(f64) -> f64| -> Vec<f32> {
-            (0..positions)
-                .flat_map(|p| frequencies.iter().map(move |&w| p as f32 * w))
-                .map(|angle| f(f64::from(angle)) as f32)
-                .collect()
+        let table = |f: fn(f32) -> f32| -> Vec<f32> {
+            (0..positions).flat_map(|p| frequencies.iter().map(move |&w| f(p as f32 * w))).collect()
         };
         Ok(Self {
-            cos: device.upload(&table(f64::cos), &shape, dtype)?,
-            sin: device.upload(&table(f64::sin), &shape, dtype)?,
+            cos: device.upload(&table(trigonometry::cos), &shape, dtype)?,
+            sin: device.upload(&table(trigonometry::sin), &shape, dtype)?,
         })
     }
 }
@@ -32,10 +29,8 @@ impl RopeTables {
 /// inv_freq [head_dim / 2] = 1 / theta^(2i / head_dim), every operation rounded to f32 as torch does it.
 pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     let dim = config.head_dim as f32;
-    let default = (0..config.head_dim / 2).map(|i| {
-        let exponent = (2 * i) as f32 / dim;
-        1.0 / config.rope_theta.powf(f64::from(exponent)) as f32
-    });
+    let exponents: Vec<f32> = (0..config.head_dim / 2).map(|i| (2 * i) as f32 / dim).collect();
+    let default = power::powers(config.rope_theta as f32, &exponents).into_iter().map(|p| 1.0 / p);
     match config.rope {
         RopeType::Default => default.collect(),
         RopeType::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {

@@ -2,6 +2,7 @@
 //! On the CPU alone: a GPU sums in other orders.
 
 use spikeprobe::device::{AttentionShape, Compute, DType, Device, Tensor};
+use spikeprobe::model::{ModelConfig, RopeTables};
 
 use super::download;
 use super::pytorch::Case;
@@ -159,5 +160,35 @@ fn vector_norm_adds_eight_lanes_and_then_the_rest() {
         let x = Tensor { shape: vec![n, 1], ..case.tensor("x") };
         let norms = device.norms(&x, &[0, n]).expect("norms");
         assert_eq!((norms[0].0, norms[0].1), (case.values("norm")[0], 0), "{n} elements");
+    }
+}
+
+#[test]
+fn rotary_tables_have_the_cosines_and_frequencies_of_pytorch() {
+    let device = cpu();
+    for (theta, head_dim) in [(10_000, 16), (10_000, 64), (500_000, 96), (1_000_000, 128)] {
+        let name = format!("rotary_{theta}_{head_dim}");
+        let case = Case::new(&*device, &name, DType::F32);
+        let config = ModelConfig::from_json(&serde_json::json!({
+            "model_type": "llama", "hidden_size": head_dim, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "vocab_size": 16, "rms_norm_eps": 1e-5, "rope_theta": theta,
+            "max_position_embeddings": 32768, "tie_word_embeddings": false, "torch_dtype": "float32",
+        }))
+        .expect("config");
+        let tables = RopeTables::new(&*device, &config, 32_768, DType::F32).expect("tables");
+        for (key, table) in [("cos", &tables.cos), ("sin", &tables.sin)] {
+            let table = download(&*device, table);
+            let rows = case.values("positions").iter().map(|&p| &table[p as usize * head_dim / 2..][..head_dim / 2]);
+            let (got, want) = (rows.flatten(), case.values(key));
+            let different: Vec<_> =
+                got.zip(want).enumerate().filter(|(_, (a, b))| a.to_bits() != b.to_bits()).collect();
+            assert!(
+                different.is_empty(),
+                "{name} {key}: {} of {}, first {:?}",
+                different.len(),
+                want.len(),
+                different[0]
+            );
+        }
     }
 }
