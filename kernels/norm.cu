@@ -3,7 +3,7 @@
 //
 // rms_norm       r = 1/√(mean(x²) + eps); y = round(w · round(x·r, x), out)
 // rms_norm_grad  g = round(dy·w, x); dx = g·r − ½·Σ(g·x)·r³/columns · 2x, rounded to x's dtype: aten's order of
-//                mul, rsqrt, mean and pow backward
+//                mul, rsqrt, mean and pow backward; added to so_far (x_tag) if there is one, in f32 term by term
 // Accumulator: f32, thread-strided, then warp butterfly, then over the warps.
 // Bytes: forward rows·columns·(2·size x (second read hits L1/L2) + size out); backward the same with dy added.
 // rms_norm_measured: the same, and the statistics of y, without a read for them (measure.cuh).
@@ -49,7 +49,7 @@ extern "C" __global__ void rms_norm_measured(void* y, int out_tag, float* r, con
     finish(partials + blockIdx.x, t);
 }
 
-extern "C" __global__ void rms_norm_grad(void* dx, const void* dy, int dy_tag, const void* x, int x_tag, const void* w,
+extern "C" __global__ void rms_norm_grad(void* dx, const void* so_far, const void* dy, int dy_tag, const void* x, int x_tag, const void* w,
                                          int w_tag, const float* r, u64 columns) {
     u64 row = blockIdx.x, first = row * columns;
     float sum = 0.0f;
@@ -61,6 +61,12 @@ extern "C" __global__ void rms_norm_grad(void* dx, const void* dy, int dy_tag, c
     float d_mean = -0.5f * block_sum(sum) * (scale * scale * scale) / (float)columns;
     for (u64 c = threadIdx.x; c < columns; c += blockDim.x) {
         float g = round_to(load(dy, first + c, dy_tag) * load(w, c, w_tag), x_tag);
-        store(dx, first + c, g * scale + d_mean * (2.0f * load(x, first + c, x_tag)), x_tag);
+        float by_scale = g * scale, by_mean = d_mean * (2.0f * load(x, first + c, x_tag));
+        float sum = by_scale + by_mean;
+        if (so_far) {
+            float before = load(so_far, first + c, x_tag);
+            sum = x_tag == F32 ? (before + by_scale) + by_mean : before + round_to(sum, x_tag);
+        }
+        store(dx, first + c, sum, x_tag);
     }
 }

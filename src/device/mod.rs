@@ -291,8 +291,11 @@ pub trait Device: Send + Sync {
     /// HF RMSNorm on the last dimension (w.len() columns; more rows than n for per-head norms):
     /// r = 1/√(mean(x²) + eps) in f32; y = w · round(x·r, x.dtype), rounded to `out`. Returns (y, r [rows] f32).
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32, out: DType) -> Result<(Tensor, Tensor)>;
-    /// Gradient of the above w.r.t. x, w frozen: g = round(dy·w, x.dtype); dx = r·(g − x·r²·mean(g·x)), rounded to x.dtype.
-    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor>;
+    /// Gradient of the above w.r.t. x, w frozen: g = round(dy·w, x.dtype); dx = g·r − (½·Σ(g·x)·r³/n)·2x, rounded to
+    /// x.dtype. Added to `so_far`, the gradient that has reached x by other ways (x.dtype), if there is one: halves as a
+    /// whole, rounded; in f32 the two terms in turn, as autograd does where HF's cast to f32 is no operation of its own.
+    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor, so_far: Option<&Tensor>)
+    -> Result<Tensor>;
     /// Rotary embedding, half-split. x [n, heads · head_dim]; cos, sin [max_position, head_dim / 2], already in the
     /// dtype HF casts them to. y = round(round(x·cos, out) + round(rot(x)·sin, out), out). `inverse` rotates back
     /// (the gradient).

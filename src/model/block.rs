@@ -242,8 +242,7 @@ struct Normed<'a> {
 
 /// Gradient of a residual stream h: that of the stream above plus that through the norm, in h's dtype.
 fn residual_backward(cx: &Context<'_>, x: &Normed<'_>, d_above: &Tensor, d_norm: &Tensor) -> Result<Tensor> {
-    let d_h = cx.device.rms_norm_grad(d_norm, x.h, x.weight, x.r)?;
-    cx.device.add(&cx.cast(d_above, x.h.dtype)?, &d_h, x.h.dtype)
+    cx.device.rms_norm_grad(d_norm, x.h, x.weight, x.r, Some(&cx.cast(d_above, x.h.dtype)?))
 }
 
 /// Gradients of q and k as attention read them → gradients of the outputs of q_proj and k_proj.
@@ -272,7 +271,9 @@ fn rotate_backward(
     };
     let head_dim = cx.config.head_dim;
     let grad = |d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor| {
-        cx.device.rms_norm_grad(&by_head(d, head_dim), &by_head(x, head_dim), weight, r).map(|g| shaped_like(g, x))
+        cx.device
+            .rms_norm_grad(&by_head(d, head_dim), &by_head(x, head_dim), weight, r, None)
+            .map(|g| shaped_like(g, x))
     };
     Ok((grad(&dq, q, q_weight, q_norm)?, grad(&dk, k, k_weight, k_norm)?))
 }

@@ -97,7 +97,7 @@ fn run_tile<'t>(
         let d = device.linear_input_grad(&d_logits, head, plan.compute(), plan.linear())?;
         let d = cx.cast(&d, promote(x.dtype, plan.norm_weight()))?;
         measure(Part::FinalNorm, Role::OutputGrad, &d)?;
-        device.rms_norm_grad(&d, x, weight, &r)
+        device.rms_norm_grad(&d, x, weight, &r, None)
     };
     Ok((losses, grad))
 }

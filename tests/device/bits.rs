@@ -40,7 +40,7 @@ fn the_mean_of_squares_cascades_as_torch_sum_does() {
         let (x, w) = (case.tensor("x"), case.tensor("w"));
         let (y, r) = device.rms_norm(&x, &w, 1e-5, BF16).expect("rms_norm");
         assert_equal(&*device, name, &y, case.values("y"));
-        let dx = device.rms_norm_grad(&case.tensor("dy"), &x, &w, &r).expect("rms_norm_grad");
+        let dx = device.rms_norm_grad(&case.tensor("dy"), &x, &w, &r, None).expect("rms_norm_grad");
         assert_equal(&*device, &format!("{name} dx"), &dx, case.values("dx"));
     }
 }
@@ -81,6 +81,30 @@ fn the_last_keys_of_a_padded_length_are_exponentiated_one_by_one() {
         let (o, _) = device.attention(&q, &k, &v, &[0, n], &shape, Compute::Bf16).expect("attention");
         assert_equal(&*device, &name, &o, case.values("o"));
     }
+}
+
+#[test]
+fn residual_streams_meet_the_terms_of_a_norms_gradient_as_autograd_adds_them() {
+    let device = cpu();
+    for dtype in [DType::F32, BF16] {
+        let case = Case::new(&*device, "residual", dtype);
+        let (x, w, dy) = (case.tensor("x"), case.tensor("w"), case.tensor("dy"));
+        let (_, r) = device.rms_norm(&x, &w, 1e-5, dtype).expect("rms_norm");
+        let dx = device.rms_norm_grad(&dy, &x, &w, &r, Some(&dy)).expect("rms_norm_grad");
+        assert_equal(&*device, &format!("residual {dtype:?}"), &dx, case.values("dx"));
+    }
+}
+
+#[test]
+fn exponentials_of_f32_attention_have_pytorchs_last_bits() {
+    let device = cpu();
+    let case = Case::new(&*device, "attention_96_96", DType::F32);
+    let scale = 32f64.powf(-0.5) as f32;
+    let shape =
+        AttentionShape { heads: 2, kv_heads: 2, head_dim: 32, scale, window: None, padded: &[96], grouped: &[] };
+    let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
+    let (o, _) = device.attention(&q, &k, &v, &[0, 96], &shape, Compute::F32).expect("attention");
+    assert_equal(&*device, "attention_96_96", &o, case.values("o"));
 }
 
 #[test]

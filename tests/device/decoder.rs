@@ -27,7 +27,7 @@ fn norm(device: &dyn Device) {
             let (w, ws) = upload(device, &values(columns, 2), &[columns], w_type);
             let (dy, ds) = upload(device, &values(rows * columns, 3), &[rows, columns], out);
             let (y, r) = device.rms_norm(&x, &w, 1e-5, out).expect("norm");
-            let dx = device.rms_norm_grad(&dy, &x, &w, &r).expect("norm grad");
+            let dx = device.rms_norm_grad(&dy, &x, &w, &r, None).expect("norm grad");
             assert_eq!((y.dtype, dx.dtype, r.dtype), (out, dtype, DType::F32));
             let (mut scales, mut normed, mut gradient, mut size) = (vec![], vec![], vec![], vec![]);
             for row in 0..rows {
@@ -52,6 +52,16 @@ fn norm(device: &dyn Device) {
                 F32 * normed[i].abs() + if dtype == DType::F32 { 0.0 } else { inner(i) }
             });
             close("dx", &download(device, &dx), &gradient, dtype, |i| 2.0 * F32 * size[i]);
+
+            let (before, befores) = upload(device, &values(rows * columns, 4), &[rows, columns], dtype);
+            let onto = device.rms_norm_grad(&dy, &x, &w, &r, Some(&before)).expect("norm grad");
+            if dtype.is_half() {
+                let whole = device.add(&before, &dx, dtype).expect("add");
+                assert_eq!(download(device, &onto), download(device, &whole), "{dtype:?}");
+            } else {
+                let sums: Vec<f64> = befores.iter().zip(&gradient).map(|(b, g)| b + g).collect();
+                close("onto", &download(device, &onto), &sums, dtype, |i| 2.0 * F32 * (befores[i].abs() + size[i]));
+            }
         }
     }
 }

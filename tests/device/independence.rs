@@ -89,7 +89,7 @@ fn pass(
         ("linear", device.linear_input_grad(&y, &w, compute, dtype).expect("linear_input_grad")),
         ("narrow linear", device.linear(&x, &a, None, compute, dtype).expect("linear")),
         ("linear forward", y),
-        ("norm gradient", device.rms_norm_grad(&x, &x, &norm_w, &r).expect("rms_norm_grad")),
+        ("norm gradient", device.rms_norm_grad(&x, &x, &norm_w, &r, Some(&x)).expect("rms_norm_grad")),
         ("norm", normed),
         ("gate", device.gate(&x, &x).expect("gate")),
         ("o", o),

@@ -76,12 +76,17 @@ fn the_demonstration_reproduces_its_spike() {
 /// Whole runs recorded by LLaMA-Factory on a CPU, spikes included: every logged loss, gradient norm and learning rate
 /// equals the replay's to the last bit.
 #[test]
-fn bf16_runs_replay_to_the_last_bit_of_their_logs() {
-    if !cpu_multiplies_pairs() {
-        println!("skipped: this processor has no AVX512-BF16, with which the runs were recorded");
-        return;
-    }
-    for (run, steps, spike) in [("runs/e1-restarts-llama-bf16", 60, Some(35)), ("runs/d1-noopt-llama-bf16", 24, None)] {
+fn runs_replay_to_the_last_bit_of_their_logs() {
+    for (run, steps, spike, bf16) in [
+        (DEMO, 24, Some(3), false),
+        (HEALTHY, 48, None, false),
+        ("runs/e1-restarts-llama-bf16", 60, Some(35), true),
+        ("runs/d1-noopt-llama-bf16", 24, None, true),
+    ] {
+        if bf16 && !cpu_multiplies_pairs() {
+            println!("{run} skipped: this processor has no AVX512-BF16, with which the run was recorded");
+            continue;
+        }
         let replayer = open(run);
         let trace = replayer.replay(&Start::Initial, steps, &[], &mut Silent).expect("replay");
         let floor = Envelope::floor(replayer.scene().engine.plan());
@@ -157,44 +162,19 @@ fn matrices(replayer: &Replayer, step: u64) -> Vec<Matrices> {
         .collect()
 }
 
-/// Adam divides a gradient by its own size, so rounding noise of a gradient that is nearly zero becomes a share of the
-/// learning rate (2.7e-3 in this step). Measured here: 3 of 74752 elements beyond 1e-5, 1.3e-5 at most, all with
-/// gradients below 1.6e-3 of their matrix's largest and off by 1e-5 of it. PyTorch against its own recording on the
-/// same machine: other MKL kernels (MKL_CBWR=COMPATIBLE) move the same gradients by as much (3.4e-5 of the largest, ours
-/// 3.6e-5), and its AVX2 code path puts 1526 elements beyond 1e-5, by up to 6.5e-4.
+/// What matters of every order of summation, of rope's cosines and of Adam's square root: an element whose gradient is
+/// nearly zero moves by a share of the learning rate (2.7e-3 in this step) when its gradient is off by a rounding.
+/// PyTorch's AVX2 code path puts 1526 elements of this checkpoint beyond 1e-5, by up to 6.5e-4.
 #[test]
 fn the_adapter_after_two_steps_is_the_real_checkpoint() {
-    const STEP: u64 = 2;
-    let replayer = open(DEMO);
-    let Rule::AdamW { beta1, beta2, epsilon, .. } = replayer.scene().segments[0].rules.optimizer.rule else {
-        panic!("the run uses AdamW")
-    };
-    let learning_rate = replayer.run().log.rows[STEP as usize - 1].learning_rate.expect("learning rate");
-    let (mean, square) = (1.0 - beta1.powi(STEP as i32), 1.0 - beta2.powi(STEP as i32));
-    let (mut elements, mut beyond) = (0, 0);
-    for Matrices { name, theirs, ours } in matrices(&replayer, STEP) {
-        // Unbiased, as the update uses them: the mean gradient and its root mean square.
-        let m = |state: &[Vec<f32>; 3], i: usize| f64::from(state[1][i]) / mean;
-        let rms = |state: &[Vec<f32>; 3], i: usize| (f64::from(state[2][i]) / square).sqrt();
-        let largest = (0..theirs[0].len()).map(|i| rms(&theirs, i)).fold(0.0, f64::max);
-        for i in 0..theirs[0].len() {
-            let off = f64::from((ours[0][i] - theirs[0][i]).abs());
-            let gradient_off = (m(&ours, i) - m(&theirs, i)).abs();
-            assert!(gradient_off <= 5e-5 * largest, "{name}[{i}]: gradient off by {gradient_off:e} of {largest:e}");
+    let mut elements = 0;
+    for Matrices { name, theirs, ours } in matrices(&open(DEMO), 2) {
+        for (i, (theirs, ours)) in theirs[0].iter().zip(&ours[0]).enumerate() {
+            assert!((ours - theirs).abs() <= 1e-5, "{name}[{i}]: {ours} for {theirs}");
             elements += 1;
-            if off <= 1e-5 {
-                continue;
-            }
-            beyond += 1;
-            // |Δ(m/(r+ε))| ≤ |Δm|/(r+ε) + |m|·|Δr|/(r+ε)², to first order.
-            let r = rms(&theirs, i) + epsilon;
-            let slope = gradient_off / r + m(&theirs, i).abs() * (rms(&ours, i) - rms(&theirs, i)).abs() / (r * r);
-            assert!(off <= 1.05 * learning_rate * slope, "{name}[{i}]: off by {off:e}, not by its gradient's noise");
-            assert!(rms(&theirs, i) <= 2e-3 * largest, "{name}[{i}]: off by {off:e} where the gradient is not small");
         }
     }
     assert_eq!(elements, 74752);
-    assert!(beyond <= 5, "{beyond} of {elements} elements beyond 1e-5");
 }
 
 #[test]

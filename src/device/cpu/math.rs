@@ -101,7 +101,7 @@ pub fn exp_flash_half(x: f32) -> f32 {
 /// e^x as PyTorch's CPU flash attention computes it for f32 (`Vectorized<float>::exp_u20`): degree 5, up to 20 ulp off.
 #[inline(always)]
 pub fn exp_flash(x: f32) -> f32 {
-    const COEFFICIENTS: [f32; 5] = [0.999_999_7, 0.499_991_5, 0.166_676_52, 0.041_897_822, 0.008_289_29];
+    const COEFFICIENTS: [f32; 5] = [0.999_999_7, 0.499_991_5, 0.166_676_52, 0.041_897_822, 0.008_289_291];
     let clamped = x.clamp(LN_MIN, LN_MAX);
     let n = clamped.mul_add(std::f32::consts::LOG2_E, 0.5).floor();
     let r = n.mul_add(-std::f32::consts::LN_2, clamped);

@@ -136,8 +136,15 @@ impl Device for CpuDevice {
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32, out: DType) -> Result<(Tensor, Tensor)> {
         self.rms_norm_impl(x, w, eps, out)
     }
-    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
-        self.rms_norm_grad_impl(dy, x, w, r)
+    fn rms_norm_grad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        r: &Tensor,
+        so_far: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.rms_norm_grad_impl(dy, (x, w, r), so_far)
     }
     fn rope(
         &self,

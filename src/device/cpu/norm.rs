@@ -33,14 +33,26 @@ impl CpuDevice {
     }
 
     /// aten's order of operations: mul backward (rounded to x's dtype), then in f32 the backward of x·r, rsqrt, mean, pow.
-    pub(super) fn rms_norm_grad_impl(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
+    /// In f32, where the cast before them is nothing, the gradients of x·r and of pow reach x's sum one by one.
+    pub(super) fn rms_norm_grad_impl(
+        &self,
+        dy: &Tensor,
+        (x, w, r): (&Tensor, &Tensor, &Tensor),
+        so_far: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let columns = w.elements();
+        let same = |other: &Tensor| other.elements() == x.elements() && other.dtype == x.dtype;
+        expect(so_far.is_none_or(same), "rms_norm_grad", || {
+            format!("x {:?} in {:?}, and another sum so far", x.shape, x.dtype)
+        })?;
         expect(
             columns > 0 && x.elements() == r.elements() * columns && dy.elements() == x.elements(),
             "rms_norm_grad",
             || format!("dy {:?}, x {:?}, w {columns}, r {}", dy.shape, x.shape, r.elements()),
         )?;
         let (dy, source, weight, r) = (values(dy)?, values(x)?, values(w)?, values(r)?);
+        let so_far = so_far.map(values).transpose()?;
+        let in_turn = x.dtype == DType::F32;
         let mut dx = Buffer::unset(source.len());
         with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(#[inline(always)] || {
             for (i, dx) in dx.chunks_exact_mut(columns).enumerate() {
@@ -52,8 +64,17 @@ impl CpuDevice {
                 }
                 let d_r = math::torch_sum([dx, x], |[g, x]| g * x);
                 let d_mean = -0.5 * d_r * (r * r * r) / columns as f32;
-                for (g, &x) in dx.iter_mut().zip(x) {
-                    *g = round.apply(*g * r + d_mean * (2.0 * x));
+                let terms = |g: f32, x: f32| (g * r, d_mean * (2.0 * x));
+                let sum = |(a, b): (f32, f32)| round.apply(a + b);
+                match so_far.as_ref().map(|all| &all[at..at + columns]) {
+                    None => dx.iter_mut().zip(x).for_each(|(g, &x)| *g = sum(terms(*g, x))),
+                    Some(so_far) if in_turn => dx.iter_mut().zip(x).zip(so_far).for_each(|((g, &x), &so_far)| {
+                        let (by_scale, by_mean) = terms(*g, x);
+                        *g = (so_far + by_scale) + by_mean;
+                    }),
+                    Some(so_far) => dx.iter_mut().zip(x).zip(so_far).for_each(|((g, &x), &so_far)| {
+                        *g = round.apply(so_far + sum(terms(*g, x)));
+                    }),
                 }
             }
         })));

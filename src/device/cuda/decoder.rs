@@ -101,8 +101,16 @@ impl CudaDevice {
         Ok((y, r))
     }
 
-    pub(super) fn norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
+    pub(super) fn norm_grad(
+        &self,
+        dy: &Tensor,
+        (x, w, r): (&Tensor, &Tensor, &Tensor),
+        so_far: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (columns, rows) = (w.elements(), r.elements());
+        expect(so_far.is_none_or(|s| s.elements() == x.elements() && s.dtype == x.dtype), "rms_norm_grad", || {
+            format!("x {:?} in {:?}, and another sum so far", x.shape, x.dtype)
+        })?;
         expect(
             columns > 0 && x.elements() == rows * columns && dy.elements() == x.elements(),
             "rms_norm_grad",
@@ -111,7 +119,9 @@ impl CudaDevice {
         let dx = self.empty(&x.shape, x.dtype)?;
         let (d, from, weight) = (self.operand(dy)?, self.operand(x)?, self.operand(w)?);
         let (scale, to) = (self.operand(r)?, self.operand(&dx)?);
-        let launch = self.kernels.launch("rms_norm_grad").value(to.address).tagged(d.address, d.dtype);
+        let so_far = so_far.map(|x| self.operand(x)).transpose()?;
+        let before = so_far.as_ref().map_or(0, |operand| operand.address);
+        let launch = self.kernels.launch("rms_norm_grad").value(to.address).value(before).tagged(d.address, d.dtype);
         let launch = launch.tagged(from.address, from.dtype).tagged(weight.address, weight.dtype).value(scale.address);
         // SAFETY: norm.cu; shapes were checked.
         unsafe { launch.value(columns as u64).run((narrow(rows, "row count")?, 1), row_threads(columns))? };

@@ -268,8 +268,15 @@ impl Device for CudaDevice {
     fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32, out: DType) -> Result<(Tensor, Tensor)> {
         self.norm(x, w, eps, out)
     }
-    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
-        self.norm_grad(dy, x, w, r)
+    fn rms_norm_grad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        r: &Tensor,
+        so_far: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.norm_grad(dy, (x, w, r), so_far)
     }
     fn rope(
         &self,

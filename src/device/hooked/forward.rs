@@ -190,10 +190,21 @@ impl Device for Hooked {
         let [y, r] = self.seen("rms_norm", &[x, w], None, again, [y, r])?;
         Ok((y, r))
     }
-    fn rms_norm_grad(&self, dy: &Tensor, x: &Tensor, w: &Tensor, r: &Tensor) -> Result<Tensor> {
-        let again: Again<'_> =
-            &|on| Ok(vec![on.device.rms_norm_grad(&on.bring(dy)?, &on.bring(x)?, &on.bring(w)?, &on.bring(r)?)?]);
-        let [dx] = self.seen("rms_norm_grad", &[dy, x, w], None, again, [self.inner.rms_norm_grad(dy, x, w, r)?])?;
+    fn rms_norm_grad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        r: &Tensor,
+        so_far: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let again: Again<'_> = &|on| {
+            let so_far = so_far.map(|x| on.bring(x)).transpose()?;
+            let [dy, x, w, r] = [dy, x, w, r].map(|x| on.bring(x));
+            Ok(vec![on.device.rms_norm_grad(&dy?, &x?, &w?, &r?, so_far.as_ref())?])
+        };
+        let dx = self.inner.rms_norm_grad(dy, x, w, r, so_far)?;
+        let [dx] = self.seen("rms_norm_grad", &[dy, x, w], None, again, [dx])?;
         Ok(dx)
     }
     fn rope(
