@@ -157,11 +157,10 @@ impl Counts {
     }
 }
 
-/// Lanes of what an ordinary piece needs.
+/// Lanes of what every piece needs.
 struct Ordinary {
     largest: [u32; LANES],
     smallest: [u32; LANES],
-    zero: [u32; LANES],
     squares: [f64; LANES],
     sum: [f64; LANES],
 }
@@ -194,40 +193,32 @@ impl Ordinary {
         for (l, &x) in chunk.iter().enumerate() {
             let magnitude = magnitude(x);
             self.largest[l] = self.largest[l].max(magnitude);
-            // Zero wraps to the largest number and so never is the smallest.
-            self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
-            self.zero[l] += (magnitude == 0) as u32;
+            self.smallest[l] = self.smallest[l].min(magnitude);
             squares[l] = x.mul_add(x, squares[l]);
             sum[l] += x;
         }
     }
 }
 
-/// One pass for what every tensor has; finite elements beyond the target's normal range are counted in a second one,
+/// One pass for what every tensor has; zeros and what lies beyond the target's normal range are counted in a second one,
 /// and a piece with surprises (something non-finite, squares beyond f32) is measured anew with all counts.
 #[inline(always)]
 fn measure(values: &[f32], range: Range) -> Statistics {
-    let mut lanes = Ordinary {
-        largest: [0; LANES],
-        smallest: [u32::MAX; LANES],
-        zero: [0; LANES],
-        squares: [0.0; LANES],
-        sum: [0.0; LANES],
-    };
+    let mut lanes =
+        Ordinary { largest: [0; LANES], smallest: [u32::MAX; LANES], squares: [0.0; LANES], sum: [0.0; LANES] };
     let mut runs = values.chunks_exact(NEIGHBOURS * LANES);
     for run in &mut runs {
         lanes.take(run);
     }
     lanes.take(runs.remainder());
-    let Ordinary { largest, smallest, zero, squares, sum } = lanes;
+    let Ordinary { largest, smallest, squares, sum } = lanes;
     let largest = largest.iter().fold(0, |a, &b| a.max(b));
-    let smallest = smallest.iter().fold(u32::MAX, |a, &b| a.min(b)).wrapping_add(1);
+    let smallest = smallest.iter().fold(u32::MAX, |a, &b| a.min(b));
     if largest != 0 && !SQUARABLE.contains(&largest) {
         return measure_all(values, range);
     }
     let mut found = Statistics {
         elements: values.len() as u64,
-        zero: zero.iter().map(|&c| u64::from(c)).sum(),
         max_abs: f32::from_bits(largest),
         min_abs: f32::from_bits(smallest),
         sum_squares: squares.iter().sum(),
@@ -235,13 +226,22 @@ fn measure(values: &[f32], range: Range) -> Statistics {
         ..Statistics::default()
     };
     if largest >= range.infinite || smallest < range.normal {
-        // Zero wraps to the largest number, which no end of the range reaches.
-        let below = |end: u32| values.iter().map(|x| u32::from(magnitude(*x).wrapping_sub(1) < end)).sum::<u32>();
-        found.subnormal = u64::from(below(range.normal - 1));
-        found.underflow = u64::from(below(range.vanishing));
-        found.overflow = values.len() as u64 - found.zero - u64::from(below(range.infinite - 1));
+        outside(values, range, &mut found);
     }
     found
+}
+
+/// Counts zeros and what lies outside the target's normal range; finite elements only.
+#[inline(always)]
+fn outside(values: &[f32], range: Range, found: &mut Statistics) {
+    // Zero wraps to the largest number, which no end of the range reaches.
+    let above_zero = || values.iter().map(|x| magnitude(*x).wrapping_sub(1));
+    let below = |end: u32| u64::from(above_zero().map(|x| u32::from(x < end)).sum::<u32>());
+    found.zero = found.elements - below(u32::MAX);
+    found.subnormal = below(range.normal - 1);
+    found.underflow = below(range.vanishing);
+    found.overflow = found.elements - found.zero - below(range.infinite - 1);
+    found.min_abs = f32::from_bits(above_zero().fold(u32::MAX, u32::min).wrapping_add(1));
 }
 
 /// The same with every count.
