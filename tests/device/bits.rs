@@ -218,9 +218,9 @@ fn rotary_tables_have_the_cosines_and_frequencies_of_pytorch() {
 }
 
 #[test]
-fn adamws_loop_divides_by_mkls_root() {
+fn adamws_loop_divides_by_mkls_root_and_rounds_epsilon() {
     let device = cpu();
-    for dtype in [DType::F32] {
+    for dtype in [DType::F32, BF16] {
         let case = Case::new(&*device, "adamw_loop_bits", dtype);
         let mut p = case.tensor("start");
         let n = p.elements();

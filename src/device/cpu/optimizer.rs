@@ -22,7 +22,7 @@ struct Scalars {
 }
 
 impl Scalars {
-    fn new(with: &AdamW) -> Self {
+    fn new(with: &AdamW, dtype: DType) -> Self {
         let correction1 = 1.0 - with.beta1.powf(with.step);
         let correction2 = 1.0 - with.beta2.powf(with.step);
         Self {
@@ -31,7 +31,8 @@ impl Scalars {
             beta2: with.beta2 as f32,
             one_minus_beta2: (1.0 - with.beta2) as f32,
             correction2_root: correction2.sqrt() as f32,
-            epsilon: with.epsilon as f32,
+            // aten converts add's scalar to the tensors' dtype before the kernel widens it again.
+            epsilon: if with.fused { with.epsilon as f32 } else { round(with.epsilon as f32, dtype) },
             minus_step_size: -(with.learning_rate / correction1) as f32,
         }
     }
@@ -126,8 +127,8 @@ impl CpuDevice {
                 )
             },
         )?;
-        let scalars = Scalars::new(with);
         let dtype = p.dtype;
+        let scalars = Scalars::new(with, dtype);
         // torch.sqrt of an f32 tensor; the fused kernel and half tensors take the processor's root.
         let by_mkl = dtype == DType::F32 && !with.fused;
         let gradient = values(g)?;
