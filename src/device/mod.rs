@@ -142,7 +142,7 @@ pub struct AdamW {
     /// t: count of this tensor's updates, this one included.
     pub step: f64,
     /// PyTorch's fused kernel (`adamw_torch_fused`): on half tensors it rounds once per tensor and update; the loop
-    /// of separate operations (false) rounds after each. No difference for f32.
+    /// of separate operations (false) rounds after each. In f32 they differ on the CPU: the loop's root is MKL's.
     pub fused: bool,
 }
 

@@ -1,7 +1,7 @@
 //! Every bit of PyTorch's results where sizes make the order of sums visible (fixtures/device/make_pytorch_bits.py).
 //! On the CPU alone: a GPU sums in other orders.
 
-use spikeprobe::device::{AttentionShape, Compute, DType, Device, Tensor};
+use spikeprobe::device::{AdamW, AttentionShape, Compute, DType, Device, Tensor};
 use spikeprobe::model::{ModelConfig, RopeTables};
 
 use super::download;
@@ -213,6 +213,34 @@ fn rotary_tables_have_the_cosines_and_frequencies_of_pytorch() {
                 want.len(),
                 different[0]
             );
+        }
+    }
+}
+
+#[test]
+fn adamws_loop_divides_by_mkls_root_and_rounds_epsilon() {
+    let device = cpu();
+    for dtype in [DType::F32, BF16] {
+        let case = Case::new(&*device, "adamw_loop_bits", dtype);
+        let mut p = case.tensor("start");
+        let n = p.elements();
+        let mut moments = [0, 1].map(|_| device.zeros(&[n], dtype).expect("zeros"));
+        for (t, g) in case.values("grads").chunks(n).enumerate() {
+            let g = device.upload(g, &[n], dtype).expect("upload");
+            let with = AdamW {
+                learning_rate: 1e-2,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                step: (t + 1) as f64,
+                fused: false,
+            };
+            let [m, v] = &mut moments;
+            device.adamw(&mut p, &g, m, v, &with).expect("adamw");
+        }
+        for (key, got) in ["m", "v", "p"].into_iter().zip([&moments[0], &moments[1], &p]) {
+            assert_equal(&*device, &format!("{key} {dtype:?}"), got, case.values(key));
         }
     }
 }

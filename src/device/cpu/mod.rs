@@ -13,6 +13,7 @@ mod mapped;
 mod math;
 mod norm;
 mod optimizer;
+mod root;
 mod rope;
 mod rounding;
 mod simd;

@@ -1,12 +1,13 @@
 //! Gradient accumulation, AdamW and SGD, with PyTorch's order of operations (contract 6.2).
 
 use super::CpuDevice;
+use super::root;
 use super::rounding::{Round, round, with_round};
 use super::simd::vectorised;
 use super::threads::Shared;
 use super::values::{expect, values, values_mut};
 use crate::Result;
-use crate::device::{AdamW, Tensor};
+use crate::device::{AdamW, DType, Tensor};
 
 /// The scalars of one update, computed in f64 as Python does and then rounded to f32 as aten's kernels do.
 #[derive(Clone, Copy)]
@@ -21,7 +22,7 @@ struct Scalars {
 }
 
 impl Scalars {
-    fn new(with: &AdamW) -> Self {
+    fn new(with: &AdamW, dtype: DType) -> Self {
         let correction1 = 1.0 - with.beta1.powf(with.step);
         let correction2 = 1.0 - with.beta2.powf(with.step);
         Self {
@@ -30,15 +31,22 @@ impl Scalars {
             beta2: with.beta2 as f32,
             one_minus_beta2: (1.0 - with.beta2) as f32,
             correction2_root: correction2.sqrt() as f32,
-            epsilon: with.epsilon as f32,
+            // aten converts add's scalar to the tensors' dtype before the kernel widens it again.
+            epsilon: if with.fused { with.epsilon as f32 } else { round(with.epsilon as f32, dtype) },
             minus_step_size: -(with.learning_rate / correction1) as f32,
         }
     }
 
-    /// One element. The loop of PyTorch ops rounds after `each`; the fused kernel keeps f32 until the end.
-    /// Fused multiply-adds stand where aten's vectorised code contracts to them.
+    /// The second moment after `g`.
     #[inline(always)]
-    fn update(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32, fused: bool, round: impl Round) {
+    fn second(&self, v: f32, g: f32, each: impl Fn(f32) -> f32) -> f32 {
+        each((self.one_minus_beta2 * g).mul_add(g, each(v * self.beta2)))
+    }
+
+    /// One element. The loop of PyTorch ops rounds after `each`; the fused kernel keeps f32 until the end.
+    /// Fused multiply-adds stand where aten's vectorised code contracts to them. `sqrt` is the rounded root or MKL's.
+    #[inline(always)]
+    fn update(&self, [p, m, v]: [&mut f32; 3], g: f32, fused: bool, sqrt: impl Fn(f32) -> f32, round: impl Round) {
         let each = |x: f32| if fused { x } else { round.apply(x) };
         let decayed = self.decay.map_or(*p, |decay| each(*p * decay));
         // lerp: aten starts from the other end where the weight is 0.5 or more.
@@ -48,8 +56,8 @@ impl Scalars {
         } else {
             (self.one_minus_beta1 - 1.0).mul_add(difference, g)
         });
-        let second = each((self.one_minus_beta2 * g).mul_add(g, each(*v * self.beta2)));
-        let denominator = each(each(each(second.sqrt()) / self.correction2_root) + self.epsilon);
+        let second = self.second(*v, g, each);
+        let denominator = each(each(each(sqrt(second)) / self.correction2_root) + self.epsilon);
         *p = round.apply(decayed + self.minus_step_size * first / denominator);
         *m = round.apply(first);
         *v = round.apply(second);
@@ -119,16 +127,35 @@ impl CpuDevice {
                 )
             },
         )?;
-        let scalars = Scalars::new(with);
         let dtype = p.dtype;
+        let scalars = Scalars::new(with, dtype);
+        // torch.sqrt of an f32 tensor; the fused kernel and half tensors take the processor's root.
+        let by_mkl = dtype == DType::F32 && !with.fused;
         let gradient = values(g)?;
         let (m, v) = (Shared::new(values_mut(m)?), Shared::new(values_mut(v)?));
         with_round!(dtype, round => self.workers.rows(values_mut(p)?, 1, 8, |first, p| {
             // SAFETY: `rows` hands out disjoint runs; m and v are cut exactly as p is.
             let (m, v) = unsafe { (m.slice(first, p.len()), v.slice(first, p.len())) };
+            let g = &gradient[first..][..p.len()];
             vectorised(#[inline(always)] || {
-                for (((p, &g), m), v) in p.iter_mut().zip(&gradient[first..]).zip(m).zip(v) {
-                    scalars.update(p, g, m, v, with.fused, round);
+                if !by_mkl {
+                    for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                        scalars.update([p, m, v], g, with.fused, f32::sqrt, round);
+                    }
+                    return;
+                }
+                let mut roots = [0.0; root::BLOCK];
+                let (p, g) = (p.chunks_mut(root::BLOCK), g.chunks(root::BLOCK));
+                let (m, v) = (m.chunks_mut(root::BLOCK), v.chunks_mut(root::BLOCK));
+                for (((p, g), m), v) in p.zip(g).zip(m).zip(v) {
+                    let roots = &mut roots[..p.len()];
+                    for ((root, &g), &v) in roots.iter_mut().zip(g).zip(&*v) {
+                        *root = scalars.second(v, g, |x| x);
+                    }
+                    root::roots(roots);
+                    for ((((p, &g), m), v), &root) in p.iter_mut().zip(g).zip(m).zip(v).zip(&*roots) {
+                        scalars.update([p, m, v], g, false, |_| root, round);
+                    }
                 }
             });
         }));
