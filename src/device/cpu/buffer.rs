@@ -15,9 +15,9 @@ use memmap2::{MmapMut, MmapOptions};
 
 /// Elements of the smallest block; smaller buffers are vectors.
 const POOLED: usize = 1 << CLASSES;
-/// Lengths of vectors: powers of two.
+/// Classes of vectors, each twice as long as the one before.
 const CLASSES: usize = 14;
-/// Vectors of each length that a thread keeps, 4 MiB of all lengths together.
+/// Vectors of each class that a thread keeps: less than 4 MiB of all together.
 const SPARE: usize = 32;
 /// Elements of a region (1 GB of addresses; pages take memory once they are touched).
 const REGION: usize = 1 << 28;
@@ -40,20 +40,27 @@ enum Memory {
     Block(Block),
 }
 
-/// A power of two of elements, kept by the thread that drops it up to a length of 2^[`CLASSES`].
+/// Kept by the thread that drops it, unless it is too long.
 #[derive(Debug)]
 struct Vector(Vec<f32>);
 
 thread_local! {
-    static SPARES: RefCell<[Vec<Vec<f32>>; CLASSES + 1]> = RefCell::default();
+    static SPARES: RefCell<[Vec<Vec<f32>>; CLASSES]> = RefCell::default();
+}
+
+fn class(length: usize) -> usize {
+    length.max(1).ilog2() as usize
 }
 
 impl Vector {
-    /// At least n elements.
+    /// At least n elements: of exactly n where no spare one will do, because what an adapter holds lives long.
     fn new(n: usize) -> Self {
-        let length = n.next_power_of_two();
-        let spare = SPARES.try_with(|spares| spares.borrow_mut().get_mut(length.ilog2() as usize)?.pop());
-        Self(spare.ok().flatten().unwrap_or_else(|| vec![0f32; length]))
+        let spare = SPARES.try_with(|spares| {
+            let mut spares = spares.borrow_mut();
+            let spares = spares.get_mut(class(n))?;
+            Some(spares.swap_remove(spares.iter().rposition(|spare| spare.len() >= n)?))
+        });
+        Self(spare.ok().flatten().unwrap_or_else(|| vec![0f32; n]))
     }
 }
 
@@ -61,7 +68,7 @@ impl Drop for Vector {
     fn drop(&mut self) {
         let vector = std::mem::take(&mut self.0);
         // While its thread ends, a vector is freed.
-        _ = SPARES.try_with(|spares| match spares.borrow_mut().get_mut(vector.len().ilog2() as usize) {
+        _ = SPARES.try_with(|spares| match spares.borrow_mut().get_mut(class(vector.len())) {
             Some(spares) if spares.len() < SPARE => spares.push(vector),
             _ => {}
         });
