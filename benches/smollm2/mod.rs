@@ -86,7 +86,6 @@ pub fn window(vocab: usize) -> Ragged {
 /// Runs the two in turns, so that whatever else the machine does meets both, and prints the shortest time of each and
 /// what the second costs more: of the shortest (another process on the machine only ever adds time), and in the median
 /// of the turns.
-#[allow(dead_code)] // not every bench compares in turns
 pub fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), with: &mut dyn FnMut()) {
     let seconds = |run: &mut dyn FnMut()| {
         let began = Instant::now();
