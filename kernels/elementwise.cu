@@ -12,9 +12,11 @@
 //                 linears share. before (in out's dtype) and term may be null; out may be the memory of any operand of its
 //                 own dtype.                  Bytes: n · (2·size out + size term + size own)
 // perturb         out = x · (1 + h · u), u symmetric noise in (−1, 1), h half an ulp of a dtype
-// dropout         out = x · (u < p ? 0 : 1/(1 − p)), u uniform in [0, 1)
+// dropout         out = x · (u < p ? 0 : factor), u uniform in [0, 1), factor 1/(1 − p) in x's dtype
 //                 Both draw from src/device/noise.rs's generator: a pure function of (seed, stream, element).
 //                 Bytes: n · 2·size x
+// dropout_bits    out = x · (bit i of bits ? factor : 0): masks that the host drew.
+//                 Bytes: n · (2·size x + 1/8)
 // *_measured      the same, and the statistics of what is stored, without a read for them (measure.cuh)
 // Launch: 256 threads, grid-stride, no shared memory; *_measured: one block of 256 threads a run.
 #include "measure.cuh"
@@ -108,9 +110,15 @@ extern "C" __global__ void perturb(void* out, const void* x, int tag, float half
     }
 }
 
-extern "C" __global__ void dropout(void* out, const void* x, int tag, float p, float kept, u64 start, u64 n) {
+extern "C" __global__ void dropout(void* out, const void* x, int tag, float factor, float p, u64 start, u64 n) {
     for (u64 i = global_thread(); i < n; i += all_threads()) {
         float uniform = (float)noise_bits(start, i) * 0x1p-24f;
-        store(out, i, load(x, i, tag) * (uniform >= p ? kept : 0.0f), tag);
+        store(out, i, load(x, i, tag) * (uniform >= p ? factor : 0.0f), tag);
+    }
+}
+
+extern "C" __global__ void dropout_bits(void* out, const void* x, int tag, float factor, const u32* bits, u64 n) {
+    for (u64 i = global_thread(); i < n; i += all_threads()) {
+        store(out, i, load(x, i, tag) * (bits[i / 32] >> (i % 32) & 1 ? factor : 0.0f), tag);
     }
 }

@@ -107,6 +107,8 @@ pub struct MicroBatch {
     pub examples: Vec<usize>,
     /// Data-parallel rank that ran it.
     pub rank: u16,
+    /// The data loader of its process begins an epoch with it.
+    pub opens_epoch: bool,
     /// Window in which the trainer fetched it: its N and micro-batch count normalise this micro-batch's loss.
     pub fetched: Fetched,
 }

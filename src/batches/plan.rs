@@ -206,6 +206,7 @@ impl Plan {
                 into.push(MicroBatch {
                     examples: examples(batch, rank).flat_map(|row| self.examples(row)).collect(),
                     rank: rank as u16,
+                    opens_epoch: batch == 0,
                     fetched: Fetched { num_items, micro_batches: part.fetch_end - part.fetch_begin, leaked },
                 });
             }

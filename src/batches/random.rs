@@ -1,46 +1,88 @@
 //! The random number generators of the trainer's data path, bit for bit: PyTorch's CPU generator (also the
-//! one behind LoRA's initial weights), numpy's `default_rng` (the validation split) and numpy's legacy
-//! global stream (`num_samples`). What is drawn with them, and when, is the business of the callers.
+//! one behind LoRA's initial weights and dropout's masks), numpy's `default_rng` (the validation split) and numpy's
+//! legacy global stream (`num_samples`). What is drawn with them, and when, is the business of the callers.
 //!
 //! Known answers: `randperm.json`, `val_split.json`, `numpy_legacy.json`.
 
+/// Words of mt19937's state.
+const WORDS: usize = 624;
+
 /// mt19937 as PyTorch's CPU generator and numpy's legacy `RandomState` seed and temper it (contract 3.2).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mt19937 {
-    state: [u32; 624],
+    state: [u32; WORDS],
+    /// Word that the next number is made of; `WORDS`: the first one after a twist.
     next: usize,
 }
 
 impl Mt19937 {
     /// `torch.Generator().manual_seed(seed)`, `np.random.seed(seed)`: only the low 32 bits count.
     pub fn new(seed: u64) -> Self {
-        let mut state = [0u32; 624];
+        let mut state = [0u32; WORDS];
         state[0] = seed as u32;
-        for j in 1..624 {
+        for j in 1..WORDS {
             let previous = state[j - 1];
             state[j] = 1_812_433_253u32.wrapping_mul(previous ^ (previous >> 30)).wrapping_add(j as u32);
         }
-        Self { state, next: 624 }
+        Self { state, next: WORDS }
+    }
+
+    /// A generator that was stopped before it made a number of word `next`; `None`: there is no such state.
+    pub fn resumed(state: &[u32], next: usize) -> Option<Self> {
+        let state = state.try_into().ok()?;
+        (next <= WORDS).then_some(Self { state, next })
+    }
+
+    /// The words and the next one: what [`Mt19937::resumed`] takes.
+    pub fn parts(&self) -> (&[u32], usize) {
+        (&self.state, self.next)
     }
 
     pub fn next_u32(&mut self) -> u32 {
-        if self.next == 624 {
+        if self.next == WORDS {
             self.twist();
         }
-        let mut y = self.state[self.next];
         self.next += 1;
-        y ^= y >> 11;
-        y ^= (y << 7) & 0x9d2c_5680;
-        y ^= (y << 15) & 0xefc6_0000;
-        y ^ (y >> 18)
+        temper(self.state[self.next - 1])
+    }
+
+    /// Passes over `numbers` 32-bit numbers.
+    pub fn skip(&mut self, mut numbers: u64) {
+        while numbers > (WORDS - self.next) as u64 {
+            numbers -= (WORDS - self.next) as u64;
+            self.twist();
+        }
+        self.next += numbers as usize;
+    }
+
+    /// `n` elements of `torch.empty(...).bernoulli_(keep)` on a CPU that is not Intel's (there MKL draws them): two
+    /// numbers an element, the first the high half, 53 bits of which are a uniform double
+    /// (ATen/core/DistributionsHelper.h). Sets bit `first + i` of `bits` where element i is 1.
+    pub fn bernoulli(&mut self, keep: f64, n: usize, bits: &mut [u32], first: usize) {
+        const DOUBLE: u64 = (1 << 53) - 1;
+        // k · 2^-53 < keep, k whole.
+        let end = (keep * (1u64 << 53) as f64).ceil() as u64;
+        for at in first..first + n {
+            let high = u64::from(self.next_u32());
+            let one = ((high << 32 | u64::from(self.next_u32())) & DOUBLE) < end;
+            bits[at / 32] |= u32::from(one) << (at % 32);
+        }
     }
 
     fn twist(&mut self) {
-        for k in 0..624 {
-            let y = (self.state[k] & 0x8000_0000) | (self.state[(k + 1) % 624] & 0x7fff_ffff);
-            let odd = if y & 1 == 1 { 0x9908_b0df } else { 0 };
-            self.state[k] = self.state[(k + 397) % 624] ^ (y >> 1) ^ odd;
+        let mixed = |this: u32, following: u32| {
+            let y = (this & 0x8000_0000) | (following & 0x7fff_ffff);
+            (y >> 1) ^ (0x9908_b0df & (y & 1).wrapping_neg())
+        };
+        let state = &mut self.state;
+        // Three runs in which neither index wraps, so that they are computed many at once.
+        for k in 0..WORDS - 397 {
+            state[k] = state[k + 397] ^ mixed(state[k], state[k + 1]);
         }
+        for k in WORDS - 397..WORDS - 1 {
+            state[k] = state[k + 397 - WORDS] ^ mixed(state[k], state[k + 1]);
+        }
+        state[WORDS - 1] = state[396] ^ mixed(state[WORDS - 1], state[0]);
         self.next = 0;
     }
 
@@ -58,6 +100,13 @@ impl Mt19937 {
     pub fn numpy_choice(&mut self, n: u32, count: usize) -> Vec<u32> {
         (0..count).map(|_| self.interval(n.saturating_sub(1))).collect()
     }
+}
+
+fn temper(mut y: u32) -> u32 {
+    y ^= y >> 11;
+    y ^= (y << 7) & 0x9d2c_5680;
+    y ^= (y << 15) & 0xefc6_0000;
+    y ^ (y >> 18)
 }
 
 /// `torch.randperm(n, generator=torch.Generator().manual_seed(seed))`, the sampler's order of one epoch

@@ -11,11 +11,14 @@ pub mod checks;
 pub mod cpu;
 pub mod cuda;
 pub mod hooked;
+mod keep;
 pub mod noise;
 pub mod nvml;
 mod parts;
 
 use std::sync::Arc;
+
+pub use keep::Keep;
 
 use crate::Result;
 
@@ -282,8 +285,9 @@ pub trait Device: Send + Sync {
     fn scale(&self, x: &Tensor, s: f32, out: DType) -> Result<Tensor>;
     /// x · (1 + ½ ulp(`ulp_of`) · u), u = [`noise::symmetric`] of (seed, stream, element), rounded to x's dtype.
     fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor>;
-    /// x · mask / (1 − p), mask = ([`noise::unit`] ≥ p), rounded to x's dtype. Also its own backward.
-    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor>;
+    /// x · noise, rounded to x's dtype; noise = 1 / (1 − p), itself of x's dtype, where `keep` says so, else 0
+    /// (ATen/native/Dropout.cpp, `_dropout`). Also its own backward.
+    fn dropout(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor>;
 
     // ---- the decoder's own
     /// table [vocab, h] rows at ids → [n, h] in `out`.

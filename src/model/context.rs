@@ -1,10 +1,11 @@
 //! What every part of one chunk's pass shares: device, weights, plan, batch, and the small helpers on them.
 
+use super::dropout::{Dropout, Kept, Masks};
 use super::held::{Held, flip_bit};
 use super::ragged::Padding;
 use super::{Adapter, ModelConfig, PassOptions, PrecisionPlan, Ragged, RopeTables};
 use crate::Result;
-use crate::device::{Compute, DType, Device, Tensor, noise};
+use crate::device::{Compute, DType, Device, Keep, Tensor, noise};
 use crate::probe::{Part, Recorder, Role, Site};
 
 pub(super) struct Context<'a> {
@@ -27,6 +28,7 @@ pub(super) struct Context<'a> {
     pub first_unit: usize,
     pub first_token: usize,
     pub options: &'a PassOptions,
+    pub masks: &'a Kept,
     pub recorder: &'a Recorder,
 }
 
@@ -75,13 +77,15 @@ impl<'a> Context<'a> {
 
     /// Applies the dropout mask of adapted linear `module`; the same one on every call.
     pub fn dropout(&self, x: &Tensor, module: usize) -> Result<Tensor> {
-        match self.options.dropout {
-            None => Ok(x.clone()),
-            Some(with) => {
+        let Some(Dropout { p, masks }) = &self.options.dropout else { return Ok(x.clone()) };
+        let keep = match masks {
+            Masks::Torch(_) => Keep::Bits(&self.masks[module]),
+            Masks::Drawn { seed } => {
                 let stream = DROPOUT_STREAM + module as u64;
-                self.device.dropout(x, with.p, self.seed_of(with.seed, stream, x), stream)
+                Keep::Drawn { seed: self.seed_of(*seed, stream, x), stream }
             }
-        }
+        };
+        self.device.dropout(x, *p, keep)
     }
 
     /// The seed with which the chunk's part of `stream` is that of the whole window: x has a row per token.

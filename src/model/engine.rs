@@ -7,8 +7,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::context::Context;
+use super::dropout::{Dropout, Masks};
 use super::held::{Held, WeightFlip};
 use super::{Adapter, BaseModel, Gradients, ModelConfig, PrecisionPlan, Ragged, RopeTables, block, head};
+use crate::batches::Mt19937;
 use crate::device::{DType, Device, Tensor};
 use crate::error::Kind;
 use crate::probe::{Measurement, Probes, Recorder, Site};
@@ -36,13 +38,6 @@ pub struct PassOptions {
     /// Micro-batches without padding attend in groups ([`AttentionShape::grouped`](crate::device::AttentionShape)).
     pub grouped_attention: bool,
     pub memory: Memory,
-}
-
-/// lora_dropout: one mask per adapted linear, drawn from `seed` (not torch's own masks, contract 10).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Dropout {
-    pub p: f32,
-    pub seed: u64,
 }
 
 /// One bit of a tensor of the pass inverted where it arises. The element counts from the window's first token.
@@ -78,6 +73,8 @@ pub struct PassOutput {
     pub units: Vec<UnitOutput>,
     /// In execution order, chunk by chunk; empty unless asked for.
     pub measurements: Vec<Measurement>,
+    /// Those of [`TorchMasks`], past the last micro-batch; empty without.
+    pub generators: Vec<Mt19937>,
 }
 
 /// One micro-batch.
@@ -203,10 +200,16 @@ impl Engine {
         let rope = RopeTables::new(&*self.device, &self.base.config, batch.positions_end(), self.plan.residual())?;
         let recorder = Recorder::new(options.probes, options.probe_range);
         let mut units = Vec::with_capacity(batch.units());
+        let mut torch = options.dropout.as_ref().and_then(|dropout| match &dropout.masks {
+            Masks::Torch(masks) => Some((dropout.p, masks.clone())),
+            Masks::Drawn { .. } => None,
+        });
         for range in batch.chunks(tokens) {
             let first_unit = range.start;
             let chunk = batch.slice(range.clone());
             let padding = chunk.padding();
+            let drawn = torch.as_mut().map(|(p, masks)| masks.draw(*p, adapter, &chunk, first_unit)).transpose()?;
+            let masks = drawn.unwrap_or_default();
             let context = Context {
                 device: &*self.device,
                 config: &self.base.config,
@@ -222,13 +225,15 @@ impl Engine {
                 first_unit,
                 first_token: batch.rows[batch.unit_rows[first_unit]],
                 options,
+                masks: &masks,
                 recorder: &recorder,
             };
             let backward = backward.as_mut().map(|(seeds, gradients)| (&seeds[range], &mut **gradients));
             let _expecting = recorder.expect(&*self.device, &context.unit_tokens);
             units.extend(run_chunk(&context, backward, recompute)?);
         }
-        Ok(PassOutput { units, measurements: recorder.finish(&*self.device)? })
+        let generators = torch.map(|(_, masks)| masks.generators).unwrap_or_default();
+        Ok(PassOutput { units, measurements: recorder.finish(&*self.device)?, generators })
     }
 
     fn check(&self, batch: &Ragged) -> Result<()> {

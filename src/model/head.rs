@@ -118,8 +118,10 @@ pub(super) fn unit_losses(batch: &Ragged, losses: &[f32]) -> Vec<UnitOutput> {
     (0..batch.units())
         .map(|unit| {
             let labels = batch.unit_labels[unit]..batch.unit_labels[unit + 1];
+            let places = batch.labelled[labels.clone()].iter().map(|&token| batch.places[token as usize]);
+            let placed = losses[labels.clone()].iter().copied().zip(places);
             UnitOutput {
-                loss_sum: cascade_sum(&losses[labels.clone()], &batch.padded[labels.clone()], batch.unit_padded[unit]),
+                loss_sum: cascade_sum(placed, batch.unit_padded[unit]),
                 label_tokens: labels.len(),
                 tokens: batch.filled_tokens(unit),
                 ..UnitOutput::default()

@@ -11,6 +11,7 @@ mod adapter;
 mod block;
 mod config;
 mod context;
+mod dropout;
 mod engine;
 mod head;
 mod held;
@@ -27,6 +28,7 @@ mod weights;
 
 pub use adapter::{Adapter, Gradients, LoraModule};
 pub use config::*;
+pub use dropout::{Dropout, Masks, TorchMasks};
 pub use engine::*;
 pub use held::WeightFlip;
 pub use init::initial_weights;

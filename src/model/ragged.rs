@@ -41,6 +41,9 @@ pub struct Ragged {
     pub ids: Vec<u32>,
     /// [n], from 0 in each row (in a packed row from 0 in each part, or on and on, by version).
     pub positions: Vec<u32>,
+    /// [n], place of each token in its unit's padded batch, flattened: the order in which PyTorch sums losses and draws
+    /// masks.
+    pub places: Vec<u32>,
     /// Offsets of rows in tokens; first 0, last n. A token attends to the earlier ones of its row: the parts of a
     /// packed row are one row, with neat_packing a row each.
     pub rows: Vec<usize>,
@@ -54,8 +57,6 @@ pub struct Ragged {
     pub labelled: Vec<u32>,
     /// The successor's label, per entry of `labelled`.
     pub targets: Vec<u32>,
-    /// Position of each entry in the unit's padded batch, flattened: the order in which PyTorch sums losses.
-    pub padded: Vec<u32>,
     /// Offsets of units in `labelled`.
     pub unit_labels: Vec<usize>,
     /// Positions of each unit's padded batch.
@@ -101,10 +102,11 @@ impl Ragged {
                 if label != IGNORE {
                     self.labelled.push((start + position - 1) as u32);
                     self.targets.push(label as u32);
-                    self.padded.push(((lines - 1) * padded + offset + position - 1) as u32);
                 }
             }
             self.ids.extend_from_slice(row.ids);
+            let place = (lines - 1) * padded + offset;
+            self.places.extend((place..place + row.ids.len()).map(|place| place as u32));
             let first = if row.pack.is_some_and(|pack| !pack.restarts) { offset } else { 0 };
             self.positions.extend((first..first + row.ids.len()).map(|position| position as u32));
             if offset > 0 && row.pack.is_some_and(|pack| !pack.separate) {
@@ -126,8 +128,14 @@ impl Ragged {
     /// The same rows, each extended with `pad` to the length that the trainer pads it to. No token sees the pads
     /// behind it, and they carry no label.
     pub fn with_padding(&self, pad: u32) -> Self {
-        let mut all =
-            Self { rows: vec![0], ids: Vec::new(), positions: Vec::new(), labelled: Vec::new(), ..self.clone() };
+        let mut all = Self {
+            rows: vec![0],
+            ids: Vec::new(),
+            positions: Vec::new(),
+            places: Vec::new(),
+            labelled: Vec::new(),
+            ..self.clone()
+        };
         let mut labelled = self.labelled.iter().peekable();
         for (row, &length) in self.rows.windows(2).zip(&self.padded_rows) {
             let start = all.ids.len();
@@ -137,8 +145,11 @@ impl Ragged {
             all.ids.extend_from_slice(&self.ids[row[0]..row[1]]);
             all.ids.resize(all.ids.len().max(start + length), pad);
             all.positions.extend_from_slice(&self.positions[row[0]..row[1]]);
-            let next = all.positions.last().map_or(0, |&last| last + 1);
-            all.positions.extend((next..).take(all.ids.len() - all.positions.len()));
+            all.places.extend_from_slice(&self.places[row[0]..row[1]]);
+            for counted in [&mut all.positions, &mut all.places] {
+                let next = counted.last().map_or(0, |&last| last + 1);
+                counted.extend((next..).take(all.ids.len() - counted.len()));
+            }
             all.rows.push(all.ids.len());
         }
         all
@@ -183,13 +194,10 @@ impl Ragged {
             self.unit_padded[unit] != tokens[unit + 1] - tokens[unit] && (several || self.unit_padded[unit] > SHORT)
         });
         let mut padding = Padding { index: Vec::with_capacity(self.tokens()), units: vec![0] };
-        for (unit, rows) in self.unit_rows.windows(2).enumerate() {
-            let mut first = padding.units[unit];
-            for row in rows[0]..rows[1] {
-                padding.index.extend((0..self.rows[row + 1] - self.rows[row]).map(|i| (first + i) as u32));
-                first += self.padded_rows[row];
-            }
-            padding.units.push(first);
+        for (unit, tokens) in tokens.windows(2).enumerate() {
+            let first = padding.units[unit];
+            padding.index.extend(self.places[tokens[0]..tokens[1]].iter().map(|place| first as u32 + place));
+            padding.units.push(first + self.unit_padded[unit]);
         }
         matters.then_some(padding)
     }
@@ -203,13 +211,13 @@ impl Ragged {
         Self {
             ids: self.ids[tokens.clone()].to_vec(),
             positions: self.positions[tokens.clone()].to_vec(),
+            places: self.places[tokens.clone()].to_vec(),
             rows: from(&self.rows[rows.start..=rows.end], tokens.start),
             filled: self.filled[rows.clone()].to_vec(),
             padded_rows: self.padded_rows[rows.clone()].to_vec(),
             unit_rows: from(&self.unit_rows[range.start..=range.end], rows.start),
             labelled: self.labelled[labels.clone()].iter().map(|&t| t - tokens.start as u32).collect(),
             targets: self.targets[labels.clone()].to_vec(),
-            padded: self.padded[labels.clone()].to_vec(),
             unit_labels: from(&self.unit_labels[range.start..=range.end], labels.start),
             unit_padded: self.unit_padded[range].to_vec(),
         }
@@ -247,17 +255,17 @@ fn check(row: &Row<'_>, vocab: usize) -> Result<()> {
 }
 
 /// Σ of the losses of one unit as torch's nll_loss sums them on a CPU (LossNLL.cpp: eight cascaded f32 partial
-/// sums over the padded, flattened batch). `losses[i]` belongs to batch position `padded[i]` of `batch`.
-pub(super) fn cascade_sum(losses: &[f32], padded: &[u32], batch: usize) -> f32 {
+/// sums over the padded, flattened batch). Each of `losses` comes with its place among the `batch` positions.
+pub(super) fn cascade_sum(losses: impl Iterator<Item = (f32, u32)>, batch: usize) -> f32 {
     const LEVELS: usize = 8;
     let ceil_log2 = usize::BITS - batch.max(1).saturating_sub(1).leading_zeros();
     let power = (ceil_log2 as usize / LEVELS).max(4);
     let mask = (1usize << power) - 1;
     let mut partial = [0f32; LEVELS];
-    for (&loss, &b) in losses.iter().zip(padded) {
+    for (loss, place) in losses {
         partial[0] += loss;
         for level in 0..LEVELS - 1 {
-            if b as usize & (mask << (level * power)) != 0 {
+            if place as usize & (mask << (level * power)) != 0 {
                 break;
             }
             partial[level + 1] += std::mem::take(&mut partial[level]);

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::keys::Key;
 use super::{MicroRecord, StepRecord};
-use crate::batches::RowId;
+use crate::batches::{Mt19937, RowId};
 use crate::device::{Device, Tensor};
 use crate::step::{GradScaler, RunningLoss, TrainState};
 use crate::{Error, Result, output};
@@ -113,6 +113,7 @@ fn state_json(state: &TrainState) -> Value {
             bits(s.scale), bits(s.growth_factor), bits(s.backoff_factor), s.growth_interval, s.growth_tracker
         ])),
         "running": [wide(filtered), wide(raw), last_logged],
+        "generators": state.generators.iter().map(Mt19937::parts).collect::<Vec<_>>(),
     })
 }
 
@@ -145,7 +146,13 @@ fn state_of(json: &Value, like: &TrainState) -> Option<TrainState> {
     let narrow = |v: &Value| Some(float_list(v)?.into_iter().map(|x| x as f32).collect::<Vec<_>>());
     let running = &json["running"];
     state.running_loss = RunningLoss::of_parts(narrow(&running[0])?, narrow(&running[1])?, running[2].as_u64()?);
+    state.generators = json["generators"].as_array()?.iter().map(generator_of).collect::<Option<_>>()?;
     Some(state)
+}
+
+fn generator_of(json: &Value) -> Option<Mt19937> {
+    let words: Vec<u32> = serde_json::from_value(json[0].clone()).ok()?;
+    Mt19937::resumed(&words, usize::try_from(json[1].as_u64()?).ok()?)
 }
 
 /// A step as JSON, floats as their bits: read back it is the same step.

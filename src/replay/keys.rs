@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::scene::{Scene, Segment};
 use super::{FlipTarget, Intervention, Start};
 use crate::batches::Window;
-use crate::model::{Memory, PassOptions};
+use crate::model::{Dropout, Masks, Memory, PassOptions};
 use crate::step::TrainState;
 use crate::{Error, Result};
 
@@ -66,7 +66,12 @@ impl Key {
             Some(rates) => hash.update(format!("{rates:?}")),
             None => hash.update(format!("{:?}", rules.schedule)),
         }
-        hash.update(format!("{:?}{:?}{:?}", options.perturb, options.dropout, options.weight_flips));
+        hash.update(format!("{:?}{:?}", options.perturb, options.weight_flips));
+        // Where generators stand follows from the state at the start and from the steps since.
+        hash.update(match &options.dropout {
+            Some(Dropout { p, masks: Masks::Torch(masks) }) => format!("{p} {:?}", masks.units),
+            drawn => format!("{drawn:?}"),
+        });
         hash.update(format!("{}", options.grouped_attention));
         // On a GPU the shape of a product decides how it is computed.
         hash.update(format!("{}", options.memory == Memory::MicroBatches));

@@ -8,6 +8,7 @@
 mod cache;
 mod certificate;
 mod cross_check;
+mod generators;
 mod json;
 mod keys;
 mod replayer;
@@ -60,7 +61,7 @@ pub enum Intervention {
     Perturb { seed: u64 },
     /// Each micro-batch padded as the trainer padded it, and computed alone: the trainer's own matrix products.
     ExactShapes,
-    /// Other dropout masks than seed 0's, where the run has lora_dropout.
+    /// Dropout masks of this seed, where the run has lora_dropout: not the trainer's own, nor those of seed 0.
     Dropout { seed: u64 },
     /// Windows of these steps replaced by the windows of others (2 × 2 of state and data).
     SwapWindow { step: u64, with: u64 },

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::Start;
 use super::scene::{Scene, Segment};
+use super::{Start, generators};
 use crate::model::{Adapter, initial_weights};
 use crate::run::{AdapterWeights, Checkpoint};
 use crate::step::{GradScaler, RunningLoss, TrainState};
@@ -68,6 +68,7 @@ fn fresh(scene: &Scene, segment: &Segment, adapter: Adapter, step: u64) -> Resul
         stored_learning_rates: None,
         scaler: scene.engine.plan().loss_scaling.then(GradScaler::default),
         running_loss: RunningLoss::new(segment.rules.loss.world_size, step),
+        generators: generators::at_start(scene, segment, None)?,
     })
 }
 
@@ -111,6 +112,7 @@ fn resumed(scene: &Scene, segment: &Segment, step: u64) -> Result<TrainState> {
             .at(format!("checkpoint-{step}"))
             .next("start from an earlier checkpoint with optimizer.pt and scheduler.pt, or from initial"));
     }
+    state.generators = generators::at_start(scene, segment, Some(&checkpoint))?;
     if state.scaler.is_some() && checkpoint.has_scaler {
         state.scaler = Some(GradScaler::from(&checkpoint.scaler()?));
     }
@@ -128,10 +130,14 @@ pub(super) fn resume(
     keep: bool,
 ) -> Result<TrainState> {
     let step = state.step;
-    let lost = scene.run.checkpoint(step).is_ok_and(|c| !(c.has_optimizer && c.has_scheduler));
+    let checkpoint = scene.run.checkpoint(step).ok();
+    if let Some(checkpoint) = checkpoint.filter(|c| !keep && c.generator(0).is_ok_and(|file| file.is_none())) {
+        state.generators = generators::at_start(scene, segment, Some(checkpoint))?;
+    }
+    let lost = checkpoint.is_some_and(|c| !(c.has_optimizer && c.has_scheduler));
     if lost && !keep {
-        let scaler = state.scaler;
-        return Ok(TrainState { scaler, ..fresh(scene, segment, state.adapter, step)? });
+        let TrainState { scaler, generators, .. } = state;
+        return Ok(TrainState { scaler, generators, ..fresh(scene, segment, state.adapter, step)? });
     }
     state.running_loss = RunningLoss::new(segment.rules.loss.world_size, step);
     if !scene.schedule_changed {

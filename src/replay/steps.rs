@@ -1,10 +1,10 @@
 //! What interventions mean at one step: which window, which learning rate, which noise, which flipped bits.
 
 use super::scene::{Scene, Segment};
-use super::{BitFlip, FlipTarget, Intervention};
-use crate::batches::Window;
+use super::{BitFlip, FlipTarget, Intervention, generators};
+use crate::batches::{Mt19937, Window};
 use crate::device::{DType, Device, Tensor};
-use crate::model::{Dropout, Memory, PassOptions, WeightFlip};
+use crate::model::{Dropout, Masks, Memory, PassOptions, WeightFlip};
 use crate::step::{StepRules, TrainState};
 use crate::{Error, Result};
 
@@ -26,16 +26,22 @@ pub(super) fn window(scene: &Scene, segment: &Segment, step: u64, interventions:
     }
 }
 
-/// How the pass of `step` differs from a plain one.
-pub(super) fn pass_options(segment: &Segment, step: u64, interventions: &[Intervention]) -> PassOptions {
+/// How the pass of `window` differs from a plain one. `generators`: those of the state before it.
+pub(super) fn pass_options(
+    scene: &Scene,
+    segment: &Segment,
+    window: &Window,
+    generators: &[Mt19937],
+    interventions: &[Intervention],
+) -> PassOptions {
+    let step = window.step;
     let grouped_attention = segment.rules.grouped_attention;
     let mut options = PassOptions { grouped_attention, ..PassOptions::default() };
-    let p = segment.config.lora_dropout as f32;
-    let mut masks = 0;
+    let mut drawn = generators.is_empty().then_some(0);
     for intervention in interventions {
         match intervention {
             Intervention::Perturb { seed } => options.perturb = Some(of_step(*seed, step)),
-            Intervention::Dropout { seed } => masks = *seed,
+            Intervention::Dropout { seed } => drawn = Some(*seed),
             Intervention::ExactShapes => options.memory = Memory::MicroBatches,
             Intervention::FlipBit(flip) if flip.step == step && flip.target == FlipTarget::BaseTransient => {
                 options.weight_flips.push(WeightFlip {
@@ -47,8 +53,13 @@ pub(super) fn pass_options(segment: &Segment, step: u64, interventions: &[Interv
             _ => {}
         }
     }
+    let p = segment.config.lora_dropout;
     if p > 0.0 {
-        options.dropout = Some(Dropout { p, seed: of_step(masks, step) });
+        let masks = match drawn {
+            Some(seed) => Masks::Drawn { seed: of_step(seed, step) },
+            None => Masks::Torch(generators::masks(scene, segment, generators, window)),
+        };
+        options.dropout = Some(Dropout { p, masks });
     }
     options
 }

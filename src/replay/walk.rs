@@ -6,7 +6,7 @@ use super::cache::Cache;
 use super::keys::Key;
 use super::replayer::no_such_step;
 use super::scene::{Scene, Segment};
-use super::{Intervention, MicroRecord, Observer, Replayer, Start, StepRecord, start, steps};
+use super::{Intervention, MicroRecord, Observer, Replayer, Start, StepRecord, generators, start, steps};
 use crate::batches::Window;
 use crate::model::{Memory, PassOptions, Ragged, Row};
 use crate::probe::Probes;
@@ -72,7 +72,7 @@ impl<'a> Walk<'a> {
     fn plan(&self, state: &TrainState) -> Result<Planned> {
         let step = state.step + 1;
         let window = steps::window(self.scene, self.segment, step, self.interventions)?;
-        let options = steps::pass_options(self.segment, step, self.interventions);
+        let options = steps::pass_options(self.scene, self.segment, &window, &state.generators, self.interventions);
         let scheduled = self.segment.rules.learning_rates(state);
         let learning_rates = steps::learning_rates(&scheduled, step, self.interventions);
         let used = learning_rates.as_ref().unwrap_or(&scheduled);
@@ -210,10 +210,10 @@ impl<'a> Walk<'a> {
         if options.probes != Probes::Off {
             observer.measured(number, &output.pass.measurements)?;
         }
+        let record = self.end_step(&planned, &output)?;
         if observer.wants_state(number) {
             observer.state(self.scene.engine.device(), &self.state)?;
         }
-        let record = self.end_step(&planned, &output)?;
         self.remember(&record);
         Ok(record)
     }
@@ -228,9 +228,10 @@ impl<'a> Walk<'a> {
         Ok(planned)
     }
 
-    /// The record of a step whose update is made.
+    /// The record of a step whose update is made; the state then is that of a checkpoint.
     pub fn end_step(&mut self, planned: &Planned, output: &StepOutput) -> Result<StepRecord> {
         self.key = planned.key;
+        generators::after_step(self.scene, self.segment, &mut self.state.generators, self.state.step);
         let record = record(self.scene, self.segment, &planned.window, output);
         if record.loss_raw.is_nan() {
             self.replayer.check_base().map_err(|e| e.at(format!("step {}", record.step)))?;

@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::optimizer_file::read_seed;
 use super::state_file::TrainerState;
 use super::torch_file::TorchFile;
-use super::{AdapterWeights, Checkpoint, OptimizerFile, ScalerFile, SchedulerFile};
+use super::{AdapterWeights, Checkpoint, GeneratorFile, OptimizerFile, ScalerFile, SchedulerFile};
 use crate::{Error, Result};
 
 impl Checkpoint {
@@ -93,13 +92,15 @@ impl Checkpoint {
         ScalerFile::read(&self.need("scaler.pt")?)
     }
 
-    /// Seed of the run, from the generator's saved state.
+    /// torch's CPU generator in the process of `rank`; `None`: the checkpoint does not hold it (save_only_model).
     ///
     /// # Errors
-    /// See [`read_seed`].
-    pub fn seed(&self) -> Result<u64> {
-        let path = self.dir.join("rng_state.pth");
-        read_seed(&if path.is_file() { path } else { self.need("rng_state_0.pth")? })
+    /// See [`GeneratorFile::read`].
+    pub fn generator(&self, rank: usize) -> Result<Option<GeneratorFile>> {
+        // Trainer._save_rng_state: without a number where there is one process.
+        let names = [format!("rng_state_{rank}.pth"), "rng_state.pth".to_owned()];
+        let path = names.iter().map(|name| self.dir.join(name)).find(|path| path.is_file());
+        path.map(|path| GeneratorFile::read(&path)).transpose()
     }
 
     /// # Errors

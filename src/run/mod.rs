@@ -235,6 +235,18 @@ pub struct Checkpoint {
     pub attempt: usize,
 }
 
+/// torch's CPU generator as rng_state.pth keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GeneratorFile {
+    /// What it was seeded with: the run's seed.
+    pub seed: u64,
+    /// mt19937's words, and the index of the one that the next number is made of.
+    pub state: Vec<u32>,
+    pub next: usize,
+    /// The file holds GPUs' generators as well: they drew whatever was drawn on a GPU.
+    pub on_gpu: bool,
+}
+
 /// LoRA matrices by module path (`layers.0.self_attn.q_proj`), each (A [r, in], B [out, r]), f32, row-major.
 /// Order: registration order of the model (contract 6.5), not file order.
 #[derive(Debug, Clone, PartialEq)]

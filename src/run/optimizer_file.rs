@@ -5,8 +5,13 @@ use std::path::Path;
 
 use super::pickle::View;
 use super::torch_file::{TensorRecipe, TorchFile};
-use super::{AdapterWeights, MatrixState, OptimizerConstants, OptimizerFile, ScalerFile, SchedulerFile};
+use super::{
+    AdapterWeights, GeneratorFile, MatrixState, OptimizerConstants, OptimizerFile, ScalerFile, SchedulerFile,
+};
 use crate::{Error, Result};
+
+/// Words of mt19937's state.
+const STATE_WORDS: usize = 624;
 
 impl OptimizerFile {
     /// Reads optimizer.pt and checks its tensors against the adapter's shapes.
@@ -237,18 +242,29 @@ impl ScalerFile {
     }
 }
 
-/// The seed: the first 8 bytes of the CPU generator's state in rng_state.pth (contract 7.2).
-///
-/// # Errors
-/// Damaged file, no `cpu` entry.
-pub fn read_seed(path: &Path) -> Result<u64> {
-    let mut file = TorchFile::open(path)?;
-    let recipe = file.pickle.root().get("cpu").and_then(TensorRecipe::of);
-    let recipe = recipe.ok_or_else(|| Error::input("no state of the CPU generator").at("cpu").at_path(path))?;
-    let bytes = file.storage(&recipe)?;
-    let mut seed = [0; 8];
-    seed.copy_from_slice(
-        bytes.get(..8).ok_or_else(|| Error::input("the generator's state is short").at("cpu").at_path(path))?,
-    );
-    Ok(u64::from_le_bytes(seed))
+impl GeneratorFile {
+    /// Reads rng_state.pth: torch's CPU generator as `CPUGeneratorImplStateLegacy` lays it out (contract 7.2).
+    ///
+    /// # Errors
+    /// Damaged file, no `cpu` entry.
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut file = TorchFile::open(path)?;
+        let recipe = file.pickle.root().get("cpu").and_then(TensorRecipe::of);
+        let recipe = recipe.ok_or_else(|| Error::input("no state of the CPU generator").at("cpu").at_path(path))?;
+        let bytes = file.storage(&recipe)?;
+        // Seed u64, left i32, seeded i32, next u64, then the words, u64 each.
+        let wide = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+        let parse = || {
+            let state = (0..STATE_WORDS).map(|i| Some(wide(24 + 8 * i)? as u32)).collect::<Option<Vec<u32>>>()?;
+            let next = usize::try_from(wide(16)?).ok().filter(|&next| next <= STATE_WORDS)?;
+            // A generator that has made no number since it was seeded has one number left, of a state yet to be twisted.
+            let left = wide(8)? as u32;
+            let next = if left == 1 { STATE_WORDS } else { next };
+            Some(Self { seed: wide(0)?, state, next, on_gpu: false })
+        };
+        let mut found =
+            parse().ok_or_else(|| Error::input("the generator's state is short").at("cpu").at_path(path))?;
+        found.on_gpu = file.pickle.root().get("cuda").is_some();
+        Ok(found)
+    }
 }

@@ -202,6 +202,7 @@ pub fn finish(
         state.stored_learning_rates = None;
     }
     state.step += 1;
+    state.generators.clone_from(&pass.generators);
 
     let learning_rate_logged = match rules.logged_learning_rate {
         LoggedLearningRate::Used => learning_rates[0],

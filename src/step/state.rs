@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{GradScaler, Moments, Optimizer, RunningLoss};
 use crate::Result;
+use crate::batches::Mt19937;
 use crate::device::Device;
 use crate::model::Adapter;
 
@@ -29,6 +30,8 @@ pub struct TrainState {
     pub scaler: Option<GradScaler>,
     /// The trainer's loss since its last log line.
     pub running_loss: RunningLoss,
+    /// Each rank's CPU generator, where it draws the masks of lora_dropout; else empty.
+    pub generators: Vec<Mt19937>,
 }
 
 impl TrainState {
@@ -56,6 +59,10 @@ impl TrainState {
         hash.update(format!("{:?}{:?}", self.base_learning_rates, self.stored_learning_rates));
         hash.update(format!("{:?}", self.optimizer));
         hash.update(format!("{:?}{:?}", self.scaler, self.running_loss));
+        for (words, next) in self.generators.iter().map(Mt19937::parts) {
+            hash.update(bytemuck::cast_slice::<u32, u8>(words));
+            hash.update(next.to_le_bytes());
+        }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }

@@ -6,7 +6,7 @@ use super::simd::vectorised;
 use super::values::{elements, expect, tensor, values};
 use super::{Buffer, CpuDevice};
 use crate::Result;
-use crate::device::{DType, Tensor, noise};
+use crate::device::{DType, Keep, Tensor, noise};
 
 impl CpuDevice {
     /// out[i] = round(f(x[i])).
@@ -78,13 +78,18 @@ impl CpuDevice {
         self.map_indexed(x, move |value, i| value * (1.0 + half_ulp * noise::symmetric(seed, stream, i)))
     }
 
-    pub(super) fn dropout_impl(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
-        expect((0.0..1.0).contains(&p), "dropout", || format!("probability {p} is not in [0, 1)"))?;
-        let scale = 1.0 / (1.0 - p);
-        self.map_indexed(x, move |value, i| {
-            let kept = if noise::unit(seed, stream, i) >= p { scale } else { 0.0 };
-            value * kept
-        })
+    pub(super) fn dropout_impl(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor> {
+        let factor = keep.factor(p, x)?;
+        let noise = move |kept: bool| if kept { factor } else { 0.0 };
+        match keep {
+            Keep::Drawn { seed, stream } => {
+                let p = p as f32;
+                self.map_indexed(x, move |value, i| value * noise(noise::unit(seed, stream, i) >= p))
+            }
+            Keep::Bits(words) => {
+                self.map_indexed(x, move |value, i| value * noise(words[i as usize / 32] >> (i % 32) & 1 == 1))
+            }
+        }
     }
 
     /// out[i] = round(f(x[i], i)) in x's dtype.

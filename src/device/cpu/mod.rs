@@ -26,7 +26,7 @@ pub use mapped::MappedBytes;
 pub use math::VectorNorm;
 
 use super::checks::{Sums, Weights};
-use super::{AdamW, AttentionShape, Compute, DType, Device, LowRank, Offsets, Statistics, Tensor};
+use super::{AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Offsets, Statistics, Tensor};
 use crate::Result;
 use values::{expect, tensor, values as values_of};
 
@@ -127,8 +127,8 @@ impl Device for CpuDevice {
     fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor> {
         self.perturb_impl(x, seed, stream, ulp_of)
     }
-    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
-        self.dropout_impl(x, p, seed, stream)
+    fn dropout(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor> {
+        self.dropout_impl(x, p, keep)
     }
 
     fn embedding(&self, table: &Tensor, ids: &[u32], out: DType) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! Moves, casts and elementwise arithmetic: kernels of cast.cu and elementwise.cu.
 
 use super::{CudaDevice, expect};
-use crate::device::{DType, Storage, Tensor, noise};
+use crate::device::{DType, Keep, Storage, Tensor, noise};
 use crate::{Error, Result};
 
 impl CudaDevice {
@@ -136,14 +136,23 @@ impl CudaDevice {
         Ok(out)
     }
 
-    pub(super) fn dropped(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
-        expect((0.0..1.0).contains(&p), "dropout", || format!("probability {p} is not in [0, 1)"))?;
+    pub(super) fn dropped(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor> {
+        let factor = keep.factor(p, x)?;
         let out = self.empty(&x.shape, x.dtype)?;
         let (from, to, n) = (self.operand(x)?, self.operand(&out)?, x.elements());
-        let launch = self.kernels.launch("dropout").value(to.address).tagged(from.address, from.dtype);
-        let launch = launch.value(p).value(1.0 / (1.0 - p)).value(noise::start(seed, stream));
-        // SAFETY: elementwise.cu; both hold n elements.
-        unsafe { launch.value(n as u64).run_over(n)? };
+        let launch = |name| self.kernels.launch(name).value(to.address).tagged(from.address, from.dtype).value(factor);
+        match keep {
+            Keep::Drawn { seed, stream } => {
+                let launch = launch("dropout").value(p as f32).value(noise::start(seed, stream));
+                // SAFETY: elementwise.cu; both hold n elements.
+                unsafe { launch.value(n as u64).run_over(n)? };
+            }
+            Keep::Bits(words) => {
+                let words = self.put(words)?;
+                // SAFETY: elementwise.cu; both hold n elements, and `factor` saw a bit for each.
+                unsafe { launch("dropout_bits").buffer(&words).value(n as u64).run_over(n)? };
+            }
+        }
         Ok(out)
     }
 }

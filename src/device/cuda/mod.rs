@@ -25,7 +25,7 @@ pub use measure::Measured;
 pub use memory::Buffer;
 
 use super::{
-    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, PendingStatistics, Statistics,
+    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, PendingStatistics, Statistics,
     Storage, Tensor, Update, UpdateRule,
 };
 use crate::{Error, Result};
@@ -258,8 +258,8 @@ impl Device for CudaDevice {
     fn perturb(&self, x: &Tensor, seed: u64, stream: u64, ulp_of: DType) -> Result<Tensor> {
         self.perturbed(x, seed, stream, ulp_of)
     }
-    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
-        self.dropped(x, p, seed, stream)
+    fn dropout(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor> {
+        self.dropped(x, p, keep)
     }
 
     fn embedding(&self, table: &Tensor, ids: &[u32], out: DType) -> Result<Tensor> {

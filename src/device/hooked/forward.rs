@@ -4,7 +4,7 @@ use super::{Again, Hooked, Product, Sees};
 use crate::Result;
 use crate::device::checks::{Sums, Weights};
 use crate::device::{
-    AdamW, AttentionShape, Compute, DType, Device, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor, Update,
+    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor, Update,
     parts,
 };
 
@@ -169,9 +169,9 @@ impl Device for Hooked {
         let [y] = self.seen("perturb", &[x], None, again, [self.inner.perturb(x, seed, stream, ulp_of)?])?;
         Ok(y)
     }
-    fn dropout(&self, x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
-        let again: Again<'_> = &|on| Ok(vec![on.device.dropout(&on.bring(x)?, p, seed, stream)?]);
-        let [y] = self.seen("dropout", &[x], None, again, [self.inner.dropout(x, p, seed, stream)?])?;
+    fn dropout(&self, x: &Tensor, p: f64, keep: Keep<'_>) -> Result<Tensor> {
+        let again: Again<'_> = &|on| Ok(vec![on.device.dropout(&on.bring(x)?, p, keep)?]);
+        let [y] = self.seen("dropout", &[x], None, again, [self.inner.dropout(x, p, keep)?])?;
         Ok(y)
     }
 
