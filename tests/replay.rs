@@ -6,6 +6,8 @@
 mod bad_input; // damaged, missing and unfitting files of a real run
 #[path = "replay/certificate.rs"]
 mod certificate; // verdicts on scripted logs
+#[path = "replay/dropout.rs"]
+mod dropout; // masks of a CPU trainer, recorded
 #[path = "replay/known_answer.rs"]
 mod known_answer; // tiny_llama: four steps, every number
 #[path = "replay/runs.rs"]

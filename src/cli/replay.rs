@@ -96,10 +96,11 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
             common.remark(&line);
         }
     }
-    if replayer.run().config.lora_dropout > 0.0 && args.envelope == 0 {
+    let scene = replayer.scene_for(&interventions)?;
+    if scene.run.config.lora_dropout > 0.0 && args.envelope == 0 && !scene.draws_torch_masks() {
         common.remark(
-            "lora_dropout: the trainer's masks cannot be known, so one replay is one draw; \
-             --envelope 5 shows the band of several",
+            "lora_dropout: nothing says that the run was trained on a CPU, and a GPU's masks cannot be known, so one replay \
+             is one draw; --envelope 5 shows the band of several",
         );
     }
     let mut recorder = Recorder::new(common, &replayer, args, to);
@@ -111,17 +112,20 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
         }
         Err(e) => return Err(e),
     };
+    let floor = Envelope::floor(scene.engine.plan());
+    let certified =
+        |siblings: &[Trace]| certify(&scene.run.log.rows, scene.run.semantics.rounds_loss, floor, &trace, siblings);
     let mut perturbed = Vec::new();
     if cut.is_none() {
-        match args.perturbed(&replayer, to, &interventions, &mut perturbed) {
+        // A log that is met to the last bit was made with these masks; otherwise each sibling draws its own.
+        let masks_known = certified(&[]).exact_to.is_some();
+        match args.perturbed(&replayer, to, (&interventions, masks_known), &mut perturbed) {
             Err(e) if e.kind == error::Kind::Interrupted => cut = Some(e),
             other => other?,
         }
     }
     recorder.finish()?;
-    let scene = replayer.scene_for(&interventions)?;
-    let floor = Envelope::floor(scene.engine.plan());
-    let certificate = certify(&scene.run.log.rows, scene.run.semantics.rounds_loss, floor, &trace, &perturbed);
+    let certificate = certified(&perturbed);
     let mut text = table(&trace, &certificate, &scene.corpus);
     let mut json = trace_json(&trace, &certificate, &scene.run.log.rows, &scene.corpus, cut.is_none());
     if args.cross_check && cut.is_none() {
@@ -178,14 +182,14 @@ impl Args {
         &self,
         replayer: &Replayer,
         to: u64,
-        interventions: &[Intervention],
+        (interventions, masks_known): (&[Intervention], bool),
         siblings: &mut Vec<Trace>,
     ) -> Result<()> {
         for seed in 1..=self.envelope {
             let seed = self.perturb.unwrap_or(0).wrapping_mul(1000) + seed;
             let mut noisy = interventions.to_vec();
-            // Of a run with dropout the masks are unknown too: each sibling draws its own (contract 10).
-            noisy.extend([Intervention::Dropout { seed }, Intervention::Perturb { seed }]);
+            noisy.push(Intervention::Perturb { seed });
+            noisy.extend((!masks_known).then_some(Intervention::Dropout { seed }));
             let sibling = replayer.watched(Arc::new(Reorder { seed }))?;
             siblings.push(sibling.replay(&self.from, to, &noisy, &mut crate::replay::Silent)?);
         }

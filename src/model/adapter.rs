@@ -143,22 +143,59 @@ fn check_shape(module: &AdapterModule, (fan_in, fan_out): (usize, usize)) -> Res
 #[derive(Debug, Clone)]
 pub struct Gradients {
     pub tensors: Vec<Tensor>,
+    /// Data-parallel rank of each unit of a pass; empty: there is one.
+    ranks: Vec<usize>,
+    /// What ranks 1, 2, … have accumulated of their own: they meet rank 0's when a window is complete.
+    others: Vec<Vec<Tensor>>,
 }
 
 impl Gradients {
     /// Zeros in the shapes of `adapter`.
     pub fn zeros(device: &dyn Device, adapter: &Adapter) -> Result<Self> {
-        let tensors = adapter.matrices().map(|m| device.zeros(&m.shape, adapter.dtype)).collect::<Result<_>>()?;
-        Ok(Self { tensors })
+        Self::of_ranks(device, adapter, Vec::new())
     }
 
-    /// Adds the gradients of several units, [units, rows, columns], to matrix `index`, one after another as
-    /// autograd does. Returns the norm of each, which the device may still be working on.
-    pub(super) fn add_units(&mut self, device: &dyn Device, index: usize, units: Tensor) -> Result<PendingNorms> {
+    /// The same for a pass whose units run on these data-parallel ranks: each accumulates its own, and the sum over ranks
+    /// is added to `tensors` when the pass is done (DistributedDataParallel reduces once a window; its division by the
+    /// number of ranks is in the seeds).
+    pub fn of_ranks(device: &dyn Device, adapter: &Adapter, ranks: Vec<usize>) -> Result<Self> {
+        let zeros = |_| adapter.matrices().map(|m| device.zeros(&m.shape, adapter.dtype)).collect::<Result<Vec<_>>>();
+        let others = (1..=ranks.iter().copied().max().unwrap_or(0)).map(zeros).collect::<Result<_>>()?;
+        Ok(Self { tensors: zeros(0)?, ranks, others })
+    }
+
+    /// Adds the gradients of several units from `first_unit` on, [units, rows, columns], to matrix `index`, one after
+    /// another as autograd does. Returns the norm of each, which the device may still be working on.
+    pub(super) fn add_units(
+        &mut self,
+        device: &dyn Device,
+        index: usize,
+        units: Tensor,
+        first_unit: usize,
+    ) -> Result<PendingNorms> {
         let (count, rows) = (units.shape[0], units.shape[1]);
         let offsets: Vec<usize> = (0..=count).map(|u| u * rows).collect();
         let norms = device.queue_norms(&units, &offsets as Offsets<'_>)?;
-        device.accumulate_units(&mut self.tensors[index], &units)?;
+        if self.others.is_empty() {
+            device.accumulate_units(&mut self.tensors[index], &units)?;
+            return Ok(norms);
+        }
+        let flat = Tensor { shape: vec![count, units.elements() / count.max(1)], ..units };
+        for (rank, own) in std::iter::once(&mut self.tensors).chain(&mut self.others).enumerate() {
+            let of_rank = |unit: &u32| self.ranks.get(first_unit + *unit as usize) == Some(&rank);
+            let chosen: Vec<u32> = (0..count as u32).filter(of_rank).collect();
+            device.accumulate_units(&mut own[index], &device.gather_rows(&flat, &chosen)?)?;
+        }
         Ok(norms)
+    }
+
+    /// Adds what the other ranks have accumulated.
+    pub(super) fn reduce(&mut self, device: &dyn Device) -> Result<()> {
+        for other in self.others.drain(..) {
+            for (sum, own) in self.tensors.iter_mut().zip(&other) {
+                device.accumulate(sum, own)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -52,7 +52,7 @@ impl Sink<'_> {
             let offsets: Vec<usize> = (0..=units.shape[0]).map(|u| u * units.shape[1]).collect();
             cx.recorder.measure(cx.device, site, &units, &offsets, cx.first_unit)?;
         }
-        self.norms.push(self.gradients.add_units(cx.device, matrix, units)?);
+        self.norms.push(self.gradients.add_units(cx.device, matrix, units, cx.first_unit)?);
         Ok(())
     }
 }

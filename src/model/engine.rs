@@ -131,7 +131,7 @@ impl Engine {
 
     /// Forward and backward over all micro-batches of `batch`. `seeds[i]` is d(back-propagated loss) / d(s_i) of
     /// micro-batch i, loss scale included (1/N, contract 5.1). Gradients are added to `gradients` micro-batch by
-    /// micro-batch.
+    /// micro-batch, those of each rank by themselves first.
     ///
     /// # Errors
     /// Token ids outside the vocabulary, flips of tensors that do not exist, or a device that runs out of memory.
@@ -146,7 +146,9 @@ impl Engine {
         if seeds.len() != batch.units() {
             return Err(Error::internal(format!("{} seeds for {} micro-batches", seeds.len(), batch.units())));
         }
-        self.run(adapter, batch, options, Some((seeds, gradients)))
+        let output = self.run(adapter, batch, options, Some((seeds, &mut *gradients)))?;
+        gradients.reduce(&*self.device)?;
+        Ok(output)
     }
 
     /// Forward only: losses.
@@ -172,7 +174,7 @@ impl Engine {
         let held = flipped.as_ref().unwrap_or(&self.held);
         let (mut tokens, mut recompute) = self.memory(batch, options.memory);
         // What has been added before the device's memory runs out is taken back; a copy is made when it is added to.
-        let before = backward.as_ref().map(|(_, gradients)| gradients.tensors.clone());
+        let before = backward.as_ref().map(|(_, gradients)| (**gradients).clone());
         loop {
             let again = backward.as_mut().map(|(seeds, gradients)| (*seeds, &mut **gradients));
             match self.run_chunks(adapter, batch, options, held, (tokens, recompute), again) {
@@ -183,7 +185,7 @@ impl Engine {
                 done => return done,
             }
             if let (Some((_, gradients)), Some(before)) = (&mut backward, &before) {
-                gradients.tensors.clone_from(before);
+                (**gradients).clone_from(before);
             }
         }
     }

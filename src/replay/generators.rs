@@ -22,7 +22,7 @@ const BASE_SEED: u64 = 2;
 /// A damaged rng_state.pth.
 pub(super) fn at_start(scene: &Scene, segment: &Segment, checkpoint: Option<&Checkpoint>) -> Result<Vec<Mt19937>> {
     let config = &segment.config;
-    if config.lora_dropout == 0.0 || !drew_on_cpu(scene) {
+    if config.lora_dropout == 0.0 || !scene.draws_torch_masks() {
         return Ok(Vec::new());
     }
     (0..config.world_size)
@@ -46,16 +46,6 @@ fn seeded(scene: &Scene, segment: &Segment, resumed: bool) -> Result<Mt19937> {
         generator.skip(BASE_SEED * evaluation_sets(scene));
     }
     Ok(generator)
-}
-
-/// Whether the trainer ran on a CPU, as far as its configuration or a checkpoint tells.
-fn drew_on_cpu(scene: &Scene) -> bool {
-    if scene.run.config.use_cpu {
-        return true;
-    }
-    // A file that cannot be read says nothing; whoever starts from it hears why.
-    let kept = scene.run.checkpoints.iter().find_map(|checkpoint| checkpoint.generator(0).ok().flatten());
-    kept.is_some_and(|file| !file.on_gpu)
 }
 
 /// What draws the masks of `window`: `generators` and what else draws from them between its micro-batches.

@@ -113,6 +113,14 @@ impl Scene {
         self.segments.iter().find(|s| s.steps.contains(&step))
     }
 
+    /// Whether lora_dropout's masks are torch's own: the trainer ran on a CPU, as far as its configuration or a checkpoint
+    /// tells (contract 10).
+    pub fn draws_torch_masks(&self) -> bool {
+        // A file that cannot be read says nothing; whoever starts from it hears why.
+        let kept = || self.run.checkpoints.iter().find_map(|checkpoint| checkpoint.generator(0).ok().flatten());
+        self.run.config.use_cpu || kept().is_some_and(|file| !file.on_gpu)
+    }
+
     /// The frozen weights.
     pub(super) fn base(&self) -> Arc<BaseModel> {
         self.engine.base()

@@ -107,7 +107,7 @@ fn step_bunch(running: &mut [Running<'_>], planned: &[Planned], bunch: &[usize])
         }
     }
     let pass = |(adapter, seeds): &(&Adapter, Vec<f32>)| {
-        let mut gradients = Gradients::zeros(scene.engine.device(), adapter)?;
+        let mut gradients = Gradients::of_ranks(scene.engine.device(), adapter, step::ranks(window))?;
         Ok((scene.engine.pass(adapter, &batch, seeds, options, &mut gradients)?, gradients))
     };
     let passed = passes.iter().map(pass).collect::<Result<Vec<_>>>()?;

@@ -5,9 +5,7 @@ use std::path::Path;
 
 use super::pickle::View;
 use super::torch_file::{TensorRecipe, TorchFile};
-use super::{
-    AdapterWeights, GeneratorFile, MatrixState, OptimizerConstants, OptimizerFile, ScalerFile, SchedulerFile,
-};
+use super::{AdapterWeights, GeneratorFile, MatrixState, OptimizerConstants, OptimizerFile, ScalerFile, SchedulerFile};
 use crate::{Error, Result};
 
 /// Words of mt19937's state.

@@ -126,7 +126,7 @@ pub struct StepOutput {
 /// Those of the pass and the device. `state` is then unusable.
 pub fn step(engine: &Engine, rules: &StepRules, state: &mut TrainState, input: &StepInput<'_>) -> Result<StepOutput> {
     let seeds = seeds(rules, state, input)?;
-    let mut gradients = Gradients::zeros(engine.device(), &state.adapter)?;
+    let mut gradients = Gradients::of_ranks(engine.device(), &state.adapter, ranks(input.window))?;
     let pass = engine.pass(&state.adapter, input.batch, &seeds, input.options, &mut gradients)?;
     finish(engine, rules, state, input, pass, &gradients)
 }
@@ -143,6 +143,12 @@ pub fn seeds(rules: &StepRules, state: &TrainState, input: &StepInput<'_>) -> Re
     // A micro-batch without labels has no positions to seed; its seed may be infinite (1/0).
     let scale = state.scaler.map_or(1.0, |s| s.scale) as f32;
     Ok(normalisers(rules, input).iter().map(|n| n.seed * scale).collect())
+}
+
+/// The rank of each micro-batch, where there are several.
+pub fn ranks(window: &Window) -> Vec<usize> {
+    let ranks: Vec<usize> = window.micro_batches.iter().map(|unit| unit.rank.into()).collect();
+    if ranks.iter().all(|&rank| rank == 0) { Vec::new() } else { ranks }
 }
 
 fn normalisers(rules: &StepRules, input: &StepInput<'_>) -> Vec<Normaliser> {

@@ -94,3 +94,27 @@ fn packed_rows_are_filled_as_llamafactory_fills_its_knapsacks() {
     }
     assert_eq!(greedy_knapsack(vec![3, 11], 10), [vec![3]], "what fits nowhere ends the distribution");
 }
+
+/// `torch.manual_seed(42)`, then `bernoulli_(0.9)` of 1000 and `bernoulli_(0.3)` of 96 elements and `random_()` of int32
+/// (torch 2.15, AMD).
+#[test]
+fn masks_are_the_ones_that_torch_draws() {
+    let mut generator = Mt19937::new(42);
+    let mut first = vec![0; 32];
+    generator.bernoulli(0.9, 1000, &mut first, 0);
+    assert_eq!(first[..4], [0xfbff_ff3f, 0xff7f_eeff, 0xbbdf_ff7f, 0xffaf_fff7]);
+    assert_eq!(first.iter().map(|word| word.count_ones()).sum::<u32>(), 903);
+    let mut second = vec![0; 4];
+    generator.bernoulli(0.3, 96, &mut second, 32);
+    assert_eq!(second, [0, 0x8242_44a1, 0x1b98_6011, 0x00e6_193c]);
+    generator.next_u32();
+    generator.next_u32();
+    assert_eq!(generator.next_u32() & 0x7fff_ffff, 800_746_224);
+
+    let mut skipped = Mt19937::new(42);
+    skipped.skip(2 * 1096 + 3);
+    assert_eq!(skipped, generator);
+    let (state, next) = generator.parts();
+    assert_eq!(Mt19937::resumed(state, next).as_ref(), Some(&generator));
+    assert!(Mt19937::resumed(&state[1..], next).is_none() && Mt19937::resumed(state, 625).is_none());
+}

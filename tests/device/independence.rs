@@ -1,6 +1,6 @@
 //! What must not reach anything else: a NaN, the rows beside, the number of threads.
 
-use spikeprobe::device::{AttentionShape, Compute, DType, Device, Tensor, cpu::CpuDevice};
+use spikeprobe::device::{AttentionShape, Compute, DType, Device, Keep, Tensor, cpu::CpuDevice};
 
 use super::compare::same;
 use super::reference::{upload, values};
@@ -135,7 +135,7 @@ fn wide_pass(device: &dyn Device, shape: &AttentionShape, dtype: DType) -> Vec<V
         device.linear_input_grad(&y, &w, compute, dtype).expect("linear_input_grad"),
         device.linear_weight_grad(&y, &x, &rows, compute, dtype).expect("linear_weight_grad"),
         device.perturb(&x, 1, 2, DType::BF16).expect("perturb"),
-        device.dropout(&x, 0.1, 1, 2).expect("dropout"),
+        device.dropout(&x, 0.1, Keep::Drawn { seed: 1, stream: 2 }).expect("dropout"),
         device.gate(&y, &y).expect("gate"),
         o,
         dq,

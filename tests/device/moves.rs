@@ -1,4 +1,4 @@
-use spikeprobe::device::{DType, Device, noise};
+use spikeprobe::device::{DType, Device, Keep, noise};
 
 use super::compare::same;
 use super::reference::{round, upload, values};
@@ -140,13 +140,21 @@ fn noisy(device: &dyn Device) {
             .map(|(i, x)| round(x * (1.0 + h * noise::symmetric(7, 9, i as u64)), dtype))
             .collect();
         same("perturb", &download(device, &device.perturb(&x, 7, 9, DType::BF16).expect("perturb")), &want);
-        let kept = 1.0 / (1.0 - 0.1f32);
+        // noise.div_(0.9) leaves the factor in the dtype of the input.
+        let kept = round(1.0 / 0.9f32, dtype);
         let want: Vec<f32> = before
             .iter()
             .enumerate()
             .map(|(i, x)| round(x * if noise::unit(7, 9, i as u64) >= 0.1 { kept } else { 0.0 }, dtype))
             .collect();
-        same("dropout", &download(device, &device.dropout(&x, 0.1, 7, 9).expect("dropout")), &want);
+        let drawn = Keep::Drawn { seed: 7, stream: 9 };
+        same("dropout", &download(device, &device.dropout(&x, 0.1, drawn).expect("dropout")), &want);
+        let words: Vec<u32> = (0..94).map(|i| (noise::bits(3, 1, i) >> 32) as u32).collect();
+        let bit = |i: usize| words[i / 32] >> (i % 32) & 1;
+        let want: Vec<f32> =
+            before.iter().enumerate().map(|(i, x)| round(x * if bit(i) == 1 { kept } else { 0.0 }, dtype)).collect();
+        same("dropout", &download(device, &device.dropout(&x, 0.1, Keep::Bits(&words)).expect("dropout")), &want);
+        assert!(device.dropout(&x, 0.1, Keep::Bits(&words[..93])).is_err(), "3000 elements need 94 words");
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use serde_json::json;
 use spikeprobe::device::DType;
 use spikeprobe::model::{
-    ActivationFlip, Adapter, BaseModel, Dropout, Engine, Gradients, Memory, ModelConfig, PassOptions, PassOutput,
-    PrecisionPlan, Projection, Ragged, WeightFlip,
+    ActivationFlip, Adapter, BaseModel, Dropout, Engine, Gradients, Masks, Memory, ModelConfig, PassOptions,
+    PassOutput, PrecisionPlan, Projection, Ragged, WeightFlip,
 };
 use spikeprobe::probe::{Part, Probes, Role, Site, first_out_of_range, least_headroom};
 use spikeprobe::run::AdapterWeights;
@@ -169,6 +169,10 @@ fn noise_is_small_repeatable_and_its_seeds_differ() {
     }
 }
 
+fn drawn(p: f64, seed: u64) -> Dropout {
+    Dropout { p, masks: Masks::Drawn { seed } }
+}
+
 #[test]
 fn noise_and_masks_do_not_depend_on_the_chunks() {
     let model = model(|_| ());
@@ -177,7 +181,7 @@ fn noise_and_masks_do_not_depend_on_the_chunks() {
         model.pass(whole, &PassOptions { memory, ..options.clone() })
     };
     let noise = PassOptions { perturb: Some(5), ..PassOptions::default() };
-    let masks = PassOptions { dropout: Some(Dropout { p: 0.3, seed: 9 }), ..PassOptions::default() };
+    let masks = PassOptions { dropout: Some(drawn(0.3, 9)), ..PassOptions::default() };
     let plain = run(&PassOptions::default(), Memory::Auto);
     for options in [noise, masks] {
         let whole = run(&options, Memory::Chunks { tokens: 1000, recompute: false });
@@ -192,7 +196,7 @@ fn noise_and_masks_do_not_depend_on_the_chunks() {
 fn dropout_touches_the_lora_branch_alone() {
     let mut model = model(|_| ());
     let dropped = |model: &Model, seed| {
-        let dropout = Some(Dropout { p: 0.5, seed });
+        let dropout = Some(drawn(0.5, seed));
         model.pass(PrecisionPlan::F32, &PassOptions { dropout, ..PassOptions::default() })
     };
     let plain = model.pass(PrecisionPlan::F32, &PassOptions::default());

@@ -105,6 +105,7 @@ fn known(logged: LoggedLearningRate) -> Known {
         stored_learning_rates: None,
         scaler: None,
         running_loss: RunningLoss::new(1, 0),
+        generators: Vec::new(),
     };
     Known { run, engine, state, rules }
 }
@@ -134,6 +135,7 @@ impl Known {
         let micro_batches = micro.iter().map(|m| MicroBatch {
             examples: Vec::new(),
             rank: 0,
+            opens_epoch: false,
             fetched: Fetched {
                 num_items: m["num_items_in_batch"].as_u64().expect("N"),
                 micro_batches: 3,

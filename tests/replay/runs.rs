@@ -303,24 +303,25 @@ fn steps_that_do_not_exist_are_named() {
 
 #[test]
 fn a_replay_goes_on_from_a_state_kept_on_disk() {
-    let folder = tempfile::tempdir().expect("folder");
+    // The second with the generator that draws its masks.
+    [DEMO, "runs/dropout-resumed"].into_iter().for_each(goes_on_from_a_kept_state);
+}
+
+fn goes_on_from_a_kept_state(run: &str) {
+    let keeping = tempfile::tempdir().expect("folder");
     let open = || {
-        let root = folder_of_demo();
-        let cache = Some(Keeping { folder: folder.path().to_owned(), every: std::time::Duration::ZERO });
-        let source = Source { path: root.join(DEMO), root, cache, ..Source::default() };
+        let root = folder(run);
+        let cache = Some(Keeping { folder: keeping.path().to_owned(), every: std::time::Duration::ZERO });
+        let source = Source { path: root.join(run), root, cache, ..Source::default() };
         Replayer::open(source, spikeprobe::device::open("cpu", Some(2)).expect("cpu")).expect("open")
     };
-    let plain = replay(&self::open(DEMO), Start::Initial, 3, &[]);
+    let plain = replay(&self::open(run), Start::Initial, 3, &[]);
     assert_eq!(replay(&open(), Start::Initial, 2, &[]), plain[..2]);
-    let files = || std::fs::read_dir(folder.path()).expect("list").flatten().map(|e| e.path()).collect::<Vec<_>>();
+    let files = || std::fs::read_dir(keeping.path()).expect("list").flatten().map(|e| e.path()).collect::<Vec<_>>();
     assert_eq!(files().len(), 2);
     assert_eq!(replay(&open(), Start::Initial, 3, &[]), plain, "from the file");
     for file in files() {
         std::fs::write(file, b"damaged").expect("write");
     }
     assert_eq!(replay(&open(), Start::Initial, 3, &[]), plain, "a damaged file counts as absent");
-}
-
-fn folder_of_demo() -> PathBuf {
-    folder(DEMO)
 }

@@ -48,6 +48,7 @@ impl Recorded<'_> {
             stored_learning_rates: None,
             scaler: None,
             running_loss: RunningLoss::new(1, 0),
+            generators: Vec::new(),
         };
         let row = |&i: &usize| Row { ids: &self.samples[i].0, labels: &self.samples[i].1, pack: None };
         let rows = |micro: &MicroBatch| micro.examples.iter().map(row).collect::<Vec<_>>();

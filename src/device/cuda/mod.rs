@@ -25,8 +25,8 @@ pub use measure::Measured;
 pub use memory::Buffer;
 
 use super::{
-    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, PendingStatistics, Statistics,
-    Storage, Tensor, Update, UpdateRule,
+    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, PendingStatistics,
+    Statistics, Storage, Tensor, Update, UpdateRule,
 };
 use crate::{Error, Result};
 

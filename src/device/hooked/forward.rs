@@ -4,8 +4,8 @@ use super::{Again, Hooked, Product, Sees};
 use crate::Result;
 use crate::device::checks::{Sums, Weights};
 use crate::device::{
-    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor, Update,
-    parts,
+    AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor,
+    Update, parts,
 };
 
 impl Device for Hooked {
