@@ -12,6 +12,7 @@ mod inspect;
 mod numerics;
 mod preflight;
 mod replay;
+mod replay_text;
 mod sweep;
 mod watch;
 

@@ -5,53 +5,22 @@
 
 use super::SpikeKind;
 use super::explosion::gradient_spikes;
+use super::past::{MIN_DIVERGENCE, MIN_JUMP, Past, RECENT, STEEP, SUSTAIN, quantile};
 use crate::run::LogRow;
 
 /// Heights are natural logarithms, bounded here: beyond e⁶ ≈ 400× more height means nothing more.
 pub const MAX_HEIGHT: f64 = 6.0;
-/// A single row must rise by this factor at least: a leaked window of evenly memorised data doubles the loss
-/// (contract 15.2), and half of that is already visible to a reader of the curve.
-const MIN_JUMP: f64 = 1.5;
-/// With fewer than [`ENOUGH`] step-to-step differences the noise is unknown: only a clear rise counts.
-const MIN_JUMP_SHORT: f64 = 3.0;
-/// Above what a pretrained model starts from by [`MIN_JUMP`], this factor is clear enough: rows differ less.
-const MIN_JUMP_PAST_START: f64 = 2.0;
-/// A loss that falls by more than this (in ln) from row to row is in its fast descent.
-const DESCENT: f64 = 0.1;
-/// A rise that stays: every one of [`SUSTAIN`] rows is this factor above the low of the [`LONG`] rows before. Staying says
-/// more than height: little noise keeps four rows up.
-const MIN_DIVERGENCE: f64 = 1.7;
 /// … and, the more rows stay up the fewer, so many standard deviations: that the lowest of n normal values beats
 /// the low of those before it by this much happens by chance in none of a million rows.
 const STAYING: [(usize, f64); 3] = [(SUSTAIN, 5.0), (8, 3.5), (16, 2.5)];
-/// … and this factor (in ln) above the highest such rise seen before: sources and lengths that come in groups.
-const BEYOND_USUAL: f64 = 1.5;
 /// A peak at every epoch boundary counts from this factor on.
 const MIN_BOUNDARY: f64 = 1.25;
 /// A jump stands above the highest of the recent rows by this factor.
 const CLEAR: f64 = 1.2;
-/// With so few differences nothing that rises by this factor is called noise: a bad row may be in every other line of a
-/// short log.
-const STEEP: f64 = 8.0;
 /// Rises that alternate are no higher than this factor …
 const MAX_OSCILLATION: f64 = 4.0;
 /// … and are called so from this many on.
 const OFTEN: usize = 8;
-pub(super) const ENOUGH: usize = 6;
-const SUSTAIN: usize = 4;
-/// Rows that make the minimum a jump is measured from.
-const RECENT: usize = 3;
-/// Rows that make the low a divergence is measured from.
-const LONG: usize = 96;
-/// Step-to-step differences that make the noise of the loss now; more would still hold the fast descent of the start.
-const MOVES: usize = 8;
-/// Rows that make the standard deviation of the loss.
-const STEADY: usize = 24;
-/// Rows after which the noise of the longer past ([`LONG`]) is known too.
-const SETTLED: usize = 36;
-/// The highest of some hundred normal values lies 3 deviations above their mean and the lowest of three 1 below;
-/// the deviation itself is known to a third.
-const DEVIATIONS: f64 = 6.0;
 /// The same for the gradient norm, which wanders more.
 pub(super) const NOISE: usize = 16;
 /// Rows from the onset on among which the peak is taken: how sharp it rose, not how high it drifted later.
@@ -142,144 +111,6 @@ fn loss_spikes(rows: &[LogRow], context: &Context) -> Vec<Found> {
         }
     }
     without_oscillation(merged(found), rows)
-}
-
-/// The unflagged rows before the current one.
-#[derive(Default)]
-struct Past {
-    losses: Vec<f64>,
-    /// ln loss.
-    logs: Vec<f64>,
-    /// Δ ln loss between neighbours.
-    moves: Vec<f64>,
-    /// ln(loss / minimum of the [`RECENT`] rows before), of every row that has one.
-    rises: Vec<f64>,
-    /// ln(lowest of [`SUSTAIN`] rows / low of the [`LONG`] rows before them), of every row that begins so many.
-    stays: Vec<f64>,
-    /// An episode lies between the last value and the next one: their difference is not noise.
-    gap: bool,
-}
-
-impl Past {
-    fn push(&mut self, loss: f64) {
-        if let (Some(&last), false) = (self.losses.last(), self.gap) {
-            self.moves.push((loss / last).ln());
-        }
-        if let Some(recent) = self.minimum(RECENT) {
-            self.rises.push((loss / recent).ln());
-        }
-        self.gap = false;
-        self.losses.push(loss);
-        self.logs.push(loss.ln());
-        if let Some(first) = self.logs.len().checked_sub(SUSTAIN).filter(|first| *first > 0) {
-            let lowest = self.logs[first..].iter().copied().fold(f64::INFINITY, f64::min);
-            self.stays.push(lowest - low(&self.logs[..first]));
-        }
-    }
-    /// The larger of an estimate over the last [`STEADY`] rows and one over [`LONG`], once there are [`SETTLED`]: few
-    /// rows of noise look quiet by chance now and then.
-    fn widest(&self, estimate: impl Fn(&[f64]) -> f64) -> f64 {
-        let recent = estimate(tail(&self.logs, STEADY));
-        if self.logs.len() < SETTLED { recent } else { recent.max(estimate(tail(&self.logs, LONG))) }
-    }
-    /// Standard deviation of ln loss about its local line: the median second difference of white noise is
-    /// 0.6745 √6 = 1.652 standard deviations. Robust against jumps, blind to a steady descent.
-    fn deviation(&self) -> f64 {
-        self.widest(|logs| {
-            let second = sorted(logs.windows(3).map(|w| (w[2] - 2.0 * w[1] + w[0]).abs()));
-            quantile(&second, 0.5) / 1.652
-        })
-    }
-    /// Standard deviation of ln loss by its upward residuals alone: how far rows lie above the line between their
-    /// neighbours. White noise of deviation σ has residuals of deviation σ √1.5, half of them upward. A descent that
-    /// flattens has none, however steep; it is no noise.
-    fn upward_deviation(&self) -> f64 {
-        self.widest(|logs| {
-            let squares = logs.windows(3).map(|w| (w[1] - 0.5 * (w[0] + w[2])).max(0.0).powi(2));
-            let rows = logs.len().saturating_sub(2).max(1);
-            (squares.sum::<f64>() / rows as f64 / 0.75).sqrt()
-        })
-    }
-    /// What a rise that stays is measured from.
-    fn low(&self) -> Option<f64> {
-        (!self.logs.is_empty()).then(|| low(&self.logs).exp())
-    }
-    fn minimum(&self, rows: usize) -> Option<f64> {
-        let from = self.losses.len().saturating_sub(rows);
-        self.losses[from..].iter().copied().filter(|&l| l > 0.0).reduce(f64::min)
-    }
-    fn maximum(&self, rows: usize) -> f64 {
-        tail(&self.losses, rows).iter().copied().fold(0.0, f64::max)
-    }
-    /// Least ln-rise of a single row that noise does not explain: the second largest rise of the longer past covers
-    /// a batch that is easy now and then, the largest moves upwards batches that differ, the deviations white noise.
-    /// Moves count about their trend, large ones only upwards: the descent itself is no noise.
-    fn noise(&self) -> f64 {
-        let moves = sorted(tail(&self.moves, MOVES).iter().copied());
-        let trend = quantile(&moves, 0.5);
-        let about = sorted(moves.iter().map(|m| (m - trend).abs()));
-        let upwards = sorted(moves.iter().map(|m| m.max(0.0)));
-        let rises = sorted(tail(&self.rises, LONG).iter().map(|rise| -rise));
-        let usual = rises.get(1).map_or(0.0, |rise| -BEYOND_USUAL * rise);
-        let steady = DEVIATIONS * self.deviation();
-        (4.0 * quantile(&about, 0.5)).max(1.6 * quantile(&upwards, 0.9)).max(usual).max(steady)
-    }
-    /// A loss that falls fast also bounces, so that only a clear rise counts there, as where the noise is unknown.
-    fn threshold(&self) -> f64 {
-        let moves = sorted(tail(&self.moves, MOVES).iter().copied());
-        let unsure = !self.knows_noise() || quantile(&moves, 0.5) < -DESCENT;
-        let floor = if unsure { MIN_JUMP_SHORT } else { MIN_JUMP };
-        let noise = if self.knows_noise() { self.noise() } else { self.noise().min(STEEP.ln()) };
-        floor.ln().max(noise)
-    }
-    fn knows_noise(&self) -> bool {
-        self.moves.len() >= ENOUGH
-    }
-    /// Least ln-rise of rows together, the lowest of them `lowest`, that noise of so many `deviations` does not
-    /// explain. Where the noise is unknown the rows must pass what the run started from, or rise as clearly as a
-    /// single one.
-    fn divergence_threshold(&self, lowest: f64, deviations: f64) -> f64 {
-        let usual = tail(&self.stays, LONG).iter().copied().fold(0.0, f64::max);
-        let known = self.knows_noise() || lowest >= self.start();
-        let floor = if known { MIN_DIVERGENCE } else { MIN_JUMP_SHORT };
-        floor.ln().max(deviations * self.upward_deviation()).max(BEYOND_USUAL * usual)
-    }
-    /// A row that passes what the run started from, far above what it had come down to: no descent explains it,
-    /// whatever its own steps were.
-    fn passes_the_start(&self, loss: f64, rise: f64) -> bool {
-        let floor = if loss >= MIN_JUMP * self.start() { MIN_JUMP_PAST_START } else { MIN_JUMP_SHORT };
-        let least = floor.ln().max(DEVIATIONS * self.upward_deviation());
-        self.losses.len() >= RECENT && loss >= self.start() && rise >= least
-    }
-    /// Highest of the first rows.
-    fn start(&self) -> f64 {
-        self.losses.iter().take(RECENT).copied().fold(0.0, f64::max)
-    }
-    fn may_round_to_zero(&self, context: &Context) -> bool {
-        context.rounds_loss && self.losses.last().is_some_and(|&last| last < 1e-3)
-    }
-}
-
-/// Of the last [`LONG`] ln losses the lowest but one in twenty.
-fn low(logs: &[f64]) -> f64 {
-    let recent = sorted(tail(logs, LONG).iter().copied());
-    recent.get(recent.len() / 20).copied().unwrap_or(f64::NAN)
-}
-
-fn tail(values: &[f64], count: usize) -> &[f64] {
-    &values[values.len().saturating_sub(count)..]
-}
-
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// Of ascending values; 0 of none.
-fn quantile(sorted: &[f64], q: f64) -> f64 {
-    let at = ((sorted.len() as f64 - 1.0).max(0.0) * q).round() as usize;
-    sorted.get(at).copied().unwrap_or(0.0)
 }
 
 /// A jump or a divergence that starts at `index`, where the loss is finite.

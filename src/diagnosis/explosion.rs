@@ -1,7 +1,8 @@
 //! Spikes that only the gradient norm shows: skipped steps of a loss scaler, explosions that clipping hid.
 
 use super::SpikeKind;
-use super::detect::{Context, ENOUGH, Found, NOISE, height};
+use super::detect::{Context, Found, NOISE, height};
+use super::past::ENOUGH;
 use crate::run::LogRow;
 
 /// A pre-clip norm wanders by factors of a few in healthy runs; an explosion is an order of magnitude.

@@ -11,6 +11,7 @@ mod cross_check;
 mod generators;
 mod json;
 mod keys;
+mod observer;
 mod replayer;
 mod scene;
 mod start;
@@ -22,6 +23,7 @@ pub use cache::{record_json, record_of};
 pub use certificate::*;
 pub use cross_check::{CrossCheck, TensorCheck, cross_check, second_opinion, second_opinion_bytes};
 pub use json::{certificate_json, step_json, trace_json};
+pub use observer::{Observer, Silent};
 pub use replayer::*;
 pub use scene::{Scene, Segment};
 

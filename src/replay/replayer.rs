@@ -10,7 +10,7 @@ use super::cache::Cache;
 use super::keys::{Key, model_identity, program_identity};
 use super::scene::{Scene, Shared};
 use super::walk::Walk;
-use super::{Intervention, Start, StepRecord, Trace, start};
+use super::{Intervention, Observer, Start, StepRecord, Trace, start};
 use sha2::{Digest, Sha256};
 
 use crate::batches::{Corpus, Window};
@@ -18,7 +18,6 @@ use crate::device::Device;
 use crate::device::hooked::{Hook, Hooked};
 use crate::interrupt;
 use crate::model::{BaseModel, Engine};
-use crate::probe::{Measurement, Probes};
 use crate::run::Run;
 use crate::step::TrainState;
 use crate::{Error, Result};
@@ -53,46 +52,8 @@ impl Keeping {
     }
 }
 
-/// Told of every step of a replay.
-pub trait Observer {
-    /// A step is done (or was found among the remembered ones).
-    ///
-    /// # Errors
-    /// Stops the replay.
-    fn step(&mut self, _record: &StepRecord) -> Result<()> {
-        Ok(())
-    }
-    /// How closely the pass of `step` is measured. Anything but off runs the step even if its result is known.
-    fn probes(&mut self, _step: u64) -> Probes {
-        Probes::Off
-    }
-    /// What was measured at `step`.
-    ///
-    /// # Errors
-    /// Stops the replay.
-    fn measured(&mut self, _step: u64, _measurements: &[Measurement]) -> Result<()> {
-        Ok(())
-    }
-    /// The state after a step, when [`Observer::wants_state`] said so.
-    ///
-    /// # Errors
-    /// Stops the replay.
-    fn state(&mut self, _device: &dyn Device, _state: &TrainState) -> Result<()> {
-        Ok(())
-    }
-    /// Whether [`Observer::state`] is to be called after `step`; such a step runs even if its result is known.
-    fn wants_state(&mut self, _step: u64) -> bool {
-        false
-    }
-}
-
-/// Observes nothing.
-pub struct Silent;
-
-impl Observer for Silent {}
-
 /// What a start from disk reads of a checkpoint or an adapter.
-const STATE_FILES: [&str; 7] = [
+const STATE_FILES: [&str; 8] = [
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapter_config.json",
@@ -100,6 +61,7 @@ const STATE_FILES: [&str; 7] = [
     "optimizer.bin",
     "scheduler.pt",
     "scaler.pt",
+    "rng_state.pth",
 ];
 
 /// Work worth a file: what a shorter replay would save is less than reading it costs in disk and surprise.
