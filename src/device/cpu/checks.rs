@@ -8,8 +8,10 @@ use crate::Result;
 use crate::device::checks::{Sums, Weights, add_columns, of_row};
 use crate::device::{Offsets, Tensor};
 
-/// Elements of the rows of a task: some microseconds.
-const ELEMENTS: usize = 1 << 16;
+/// What a task costs, in elements: a few microseconds.
+const TASK: usize = 1 << 15;
+/// What a row costs beside its elements, in elements: its sums are folded and stored.
+const ROW: usize = 64;
 /// Rows a task where columns are added: partial sums of each are kept.
 const TALL: usize = 512;
 
@@ -17,11 +19,12 @@ impl CpuDevice {
     pub(super) fn row_checks_impl(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {
         let source = elements(x)?;
         let columns = x.columns().max(1);
-        let a_task = (ELEMENTS / columns).max(1);
+        let a_task = (TASK / (columns + ROW)).max(1);
+        let work = x.rows() * (columns + ROW) * weights.len();
         let mut all = vec![Sums::zeros(x.rows()); weights.len()];
         let places: Vec<_> =
             all.iter_mut().map(|all| (Shared::new(&mut all.sums), Shared::new(&mut all.sizes))).collect();
-        self.workers.each(x.rows().div_ceil(a_task), x.elements() * weights.len(), |task| {
+        self.workers.each(x.rows().div_ceil(a_task), work, |task| {
             let rows = task * a_task..x.rows().min((task + 1) * a_task);
             let mut scratch = Vec::new();
             let values = run(source, rows.start * columns..rows.end * columns, &mut scratch);
