@@ -11,6 +11,23 @@ pub enum Weights<'w> {
     Of(&'w [f32], &'w [f32]),
 }
 
+impl Sums {
+    pub fn zeros(length: usize) -> Self {
+        Self { sums: vec![0.0; length], sizes: vec![0.0; length] }
+    }
+}
+
+impl Weights<'_> {
+    /// Those of the elements from `at` on.
+    #[inline(always)]
+    fn from(self, at: usize) -> Self {
+        match self {
+            Weights::Ones => Weights::Ones,
+            Weights::Of(w, a) => Weights::Of(&w[at..], &a[at..]),
+        }
+    }
+}
+
 /// Σ x·w and Σ |x|·a of each row or column.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sums {
@@ -32,12 +49,10 @@ pub fn roundings(terms: usize) -> usize {
 /// The sums of one row.
 #[inline(always)]
 pub fn of_row(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
-    if row.len() < LANES {
-        return few(row, weights);
-    }
-    let (mut sum, mut size) = (0f64, 0f64);
-    for from in (0..row.len()).step_by(BLOCK) {
-        let block = from..row.len().min(from + BLOCK);
+    let whole = row.len() / LANES * LANES;
+    let (mut sum, mut size) = few(&row[whole..], weights.from(whole));
+    for from in (0..whole).step_by(BLOCK) {
+        let block = from..whole.min(from + BLOCK);
         let part = match weights {
             Weights::Ones => ones(&row[block]),
             Weights::Of(w, a) => weighted(&row[block.clone()], &w[block.clone()], &a[block]),
@@ -48,7 +63,7 @@ pub fn of_row(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
     (sum, size)
 }
 
-/// A row too short for lanes.
+/// What is too short for lanes.
 #[inline(always)]
 fn few(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
     let wide = |x: &f32| f64::from(*x);
@@ -61,12 +76,12 @@ fn few(row: &[f32], weights: Weights<'_>) -> (f64, f64) {
     }
 }
 
+/// Elements are copied before they are added, and lanes only whole: else the compiler keeps the running sums in memory
+/// and stores them at every turn, which takes three times as long.
 #[inline(always)]
 fn ones(row: &[f32]) -> (f64, f64) {
     let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
-    let (whole, rest) = row.as_chunks();
-    let rest = (!rest.is_empty()).then(|| padded(rest));
-    for x in whole.iter().chain(&rest) {
+    for &x in row.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
             sum[lane] += x[lane];
             size[lane] += x[lane].abs();
@@ -75,41 +90,26 @@ fn ones(row: &[f32]) -> (f64, f64) {
     (fold(&sum), fold(&size))
 }
 
+/// As [`ones`].
 #[inline(always)]
 fn weighted(row: &[f32], w: &[f32], a: &[f32]) -> (f64, f64) {
     let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
-    let ((x, x_rest), (w, w_rest), (a, a_rest)) = (row.as_chunks(), w.as_chunks(), a.as_chunks());
-    for ((x, w), a) in x.iter().zip(w).zip(a) {
-        add_weighted(x, w, a, &mut sum, &mut size);
-    }
-    if !x_rest.is_empty() {
-        add_weighted(&padded(x_rest), &padded(w_rest), &padded(a_rest), &mut sum, &mut size);
+    let (x, w, a) = (row.as_chunks::<LANES>().0, w.as_chunks::<LANES>().0, a.as_chunks::<LANES>().0);
+    for ((&x, &w), &a) in x.iter().zip(w).zip(a) {
+        for lane in 0..LANES {
+            sum[lane] = x[lane].mul_add(w[lane], sum[lane]);
+            size[lane] = x[lane].abs().mul_add(a[lane], size[lane]);
+        }
     }
     (fold(&sum), fold(&size))
 }
 
 #[inline(always)]
-fn add_weighted(x: &[f32; LANES], w: &[f32; LANES], a: &[f32; LANES], sum: &mut [f32; LANES], size: &mut [f32; LANES]) {
-    for lane in 0..LANES {
-        sum[lane] = x[lane].mul_add(w[lane], sum[lane]);
-        size[lane] = x[lane].abs().mul_add(a[lane], size[lane]);
-    }
-}
-
-#[inline(always)]
-fn padded(rest: &[f32]) -> [f32; LANES] {
-    let mut all = [0f32; LANES];
-    all[..rest.len()].copy_from_slice(rest);
-    all
-}
-
-#[inline(always)]
 fn fold(lanes: &[f32; LANES]) -> f64 {
-    let mut eight = [0f32; 8];
-    for i in 0..8 {
-        eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
-    }
-    eight.iter().map(|&x| f64::from(x)).sum()
+    let eight: [f64; 8] =
+        std::array::from_fn(|i| f64::from((lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24])));
+    let four: [f64; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Adds Σ x and Σ |x| of each column of whole rows to `sums` and `sizes`, one element a column.
@@ -144,7 +144,7 @@ pub fn of_rows(values: &[f32], columns: usize, weights: &[Weights<'_>]) -> Vec<S
 /// Every column of each unit of rows: [units · columns].
 pub fn of_columns(values: &[f32], columns: usize, units: Offsets<'_>) -> Sums {
     let length = columns * units.len().saturating_sub(1);
-    let mut all = Sums { sums: vec![0.0; length], sizes: vec![0.0; length] };
+    let mut all = Sums::zeros(length);
     for (unit, rows) in units.windows(2).enumerate() {
         let to = unit * columns..(unit + 1) * columns;
         add_columns(&values[rows[0] * columns..rows[1] * columns], &mut all.sums[to.clone()], &mut all.sizes[to]);

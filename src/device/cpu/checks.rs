@@ -2,13 +2,16 @@
 
 use super::CpuDevice;
 use super::simd::vectorised;
+use super::threads::Shared;
 use super::values::{Elements, elements, expect_offsets};
 use crate::Result;
 use crate::device::checks::{Sums, Weights, add_columns, of_row};
 use crate::device::{Offsets, Tensor};
 
-/// Rows a task.
-const ROWS: usize = 64;
+/// What a task costs, in elements: a few microseconds.
+const TASK: usize = 1 << 15;
+/// What a row costs beside its elements, in elements: its sums are folded and stored.
+const ROW: usize = 64;
 /// Rows a task where columns are added: partial sums of each are kept.
 const TALL: usize = 512;
 
@@ -16,31 +19,29 @@ impl CpuDevice {
     pub(super) fn row_checks_impl(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {
         let source = elements(x)?;
         let columns = x.columns().max(1);
-        let tasks = x.rows().div_ceil(ROWS);
-        let parts = self.workers.map(tasks, x.elements() * weights.len(), |task| {
-            let rows = task * ROWS..x.rows().min((task + 1) * ROWS);
+        let a_task = (TASK / (columns + ROW)).max(1);
+        let work = x.rows() * (columns + ROW) * weights.len();
+        let mut all = vec![Sums::zeros(x.rows()); weights.len()];
+        let places: Vec<_> =
+            all.iter_mut().map(|all| (Shared::new(&mut all.sums), Shared::new(&mut all.sizes))).collect();
+        self.workers.each(x.rows().div_ceil(a_task), work, |task| {
+            let rows = task * a_task..x.rows().min((task + 1) * a_task);
             let mut scratch = Vec::new();
-            let mut parts = vec![Sums::default(); weights.len()];
-            for at in rows.map(|r| r * columns) {
-                let row = run(source, at..at + columns, &mut scratch);
-                for (part, weights) in parts.iter_mut().zip(weights) {
-                    let (sum, size) = vectorised(
-                        #[inline(always)]
-                        || of_row(row, *weights),
-                    );
-                    part.sums.push(sum);
-                    part.sizes.push(size);
-                }
+            let values = run(source, rows.start * columns..rows.end * columns, &mut scratch);
+            for ((sums, sizes), weights) in places.iter().zip(weights) {
+                // SAFETY: every row belongs to one task.
+                let (sums, sizes) =
+                    unsafe { (sums.slice(rows.start, rows.len()), sizes.slice(rows.start, rows.len())) };
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for ((row, sum), size) in values.chunks_exact(columns).zip(sums).zip(sizes) {
+                            (*sum, *size) = of_row(row, *weights);
+                        }
+                    },
+                );
             }
-            parts
         });
-        let mut all = vec![Sums::default(); weights.len()];
-        for part in parts {
-            for (all, mut part) in all.iter_mut().zip(part) {
-                all.sums.append(&mut part.sums);
-                all.sizes.append(&mut part.sizes);
-            }
-        }
         Ok(all)
     }
 
@@ -60,15 +61,14 @@ impl CpuDevice {
             let rows = tasks[task].1.clone();
             let mut scratch = Vec::new();
             let values = run(source, rows.start * columns..rows.end * columns, &mut scratch);
-            let mut part = Sums { sums: vec![0.0; columns], sizes: vec![0.0; columns] };
+            let mut part = Sums::zeros(columns);
             vectorised(
                 #[inline(always)]
                 || add_columns(values, &mut part.sums, &mut part.sizes),
             );
             part
         });
-        let length = (units.len() - 1) * columns;
-        let mut all = Sums { sums: vec![0.0; length], sizes: vec![0.0; length] };
+        let mut all = Sums::zeros((units.len() - 1) * columns);
         for ((unit, _), part) in tasks.iter().zip(parts) {
             let to = unit * columns..(unit + 1) * columns;
             all.sums[to.clone()].iter_mut().zip(part.sums).for_each(|(total, x)| *total += x);

@@ -279,19 +279,19 @@ impl Drop for Workers {
 }
 
 /// A mutable slice that several tasks write at once, each its own elements.
-pub struct Shared<'a> {
-    start: *mut f32,
+pub struct Shared<'a, T = f32> {
+    start: *mut T,
     length: usize,
-    owner: std::marker::PhantomData<&'a mut [f32]>,
+    owner: std::marker::PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: access goes through `slice`, whose callers promise that no two tasks touch the same element.
-unsafe impl Sync for Shared<'_> {}
-// SAFETY: as above; f32 may move between threads.
-unsafe impl Send for Shared<'_> {}
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+// SAFETY: as above; T may move between threads.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
 
-impl<'a> Shared<'a> {
-    pub fn new(slice: &'a mut [f32]) -> Self {
+impl<'a, T> Shared<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), length: slice.len(), owner: std::marker::PhantomData }
     }
 
@@ -300,20 +300,23 @@ impl<'a> Shared<'a> {
     /// # Safety
     /// No other live slice, on any thread, may overlap them.
     #[allow(clippy::mut_from_ref)] // the point of this type; the caller promises disjointness
-    pub unsafe fn slice(&self, at: usize, count: usize) -> &mut [f32] {
+    pub unsafe fn slice(&self, at: usize, count: usize) -> &mut [T] {
         assert!(at + count <= self.length, "task writes {at}+{count} of {} elements", self.length);
         // SAFETY: in bounds by the assertion, exclusive by the caller's promise, alive by 'a.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), count) }
     }
 
     /// Address of element `at`, after checking that `end` elements exist; for kernels that store whole tiles.
-    pub fn pointer(&self, at: usize, end: usize) -> *mut f32 {
+    pub fn pointer(&self, at: usize, end: usize) -> *mut T {
         assert!(at <= end && end <= self.length, "tile ends at {end} of {} elements", self.length);
         self.start.wrapping_add(at)
     }
 
     /// Element `at`, which must belong to the calling task.
-    pub fn get(&self, at: usize) -> f32 {
+    pub fn get(&self, at: usize) -> T
+    where
+        T: Copy,
+    {
         // SAFETY: in bounds by the assertion in `slice`; tasks only touch elements of their own tiles.
         unsafe { self.slice(at, 1)[0] }
     }
