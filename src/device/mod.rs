@@ -391,6 +391,8 @@ pub trait Device: Send + Sync {
     /// A hint, until the next call: statistics of these units of rows will be asked of most results that have as many
     /// rows, against this dtype (`None`: each tensor's own). The device may measure where it computes.
     fn expect_statistics(&self, _of: Option<(Offsets<'_>, Option<DType>)>) {}
+    /// A hint within that one: none will be asked of the results until this is called with `false`.
+    fn pause_statistics(&self, _pause: bool) {}
     /// ‖x‖₂ per unit as torch.linalg.vector_norm gives it (f32 result), and its non-finite count.
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<Norm>>;
     /// [`Device::norms`] without waiting for the device, so that the host can queue what follows.

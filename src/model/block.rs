@@ -183,7 +183,7 @@ pub(super) fn backward(
     )?;
     let (dq, dk) = rotate_backward(cx, layer, dq, dk, saved.heads.as_ref())?;
 
-    let x = Operand::new(cx, norm(cx, &saved.h, &cx.held.layers[layer].input_norm)?.0)?;
+    let x = Operand::new(cx, cx.unmeasured(|| norm(cx, &saved.h, &cx.held.layers[layer].input_norm))?.0)?;
     let mut dx = InputGrad::wanted(input_grad);
     // Autograd runs the youngest operation first: v, k, q.
     linear::backward(cx, (layer, Projection::V), dv, &x, lora_v, &mut dx, sink)?;
@@ -213,7 +213,7 @@ fn mlp_backward(
     sink: &mut Sink<'_>,
 ) -> Result<Tensor> {
     let Mlp { h, norm: r, gate, up } = mlp;
-    let gated = Operand::new(cx, cx.device.gate(&gate, &up)?)?;
+    let gated = Operand::new(cx, cx.unmeasured(|| cx.device.gate(&gate, &up))?)?;
     let mut d_gated = InputGrad::wanted(true);
     let d_down = cx.cast(&d_out, cx.plan.linear())?;
     linear::backward(cx, (layer, Projection::Down), d_down, &gated, lora_down, &mut d_gated, sink)?;
@@ -223,7 +223,7 @@ fn mlp_backward(
     let (d_gate, d_up) = cx.device.gate_grad(&d_gated, &gate, &up)?;
     drop((gate, up, d_gated));
     let weight = &cx.held.layers[layer].post_norm;
-    let x = Operand::new(cx, norm(cx, h, weight)?.0)?;
+    let x = Operand::new(cx, cx.unmeasured(|| norm(cx, h, weight))?.0)?;
     let mut dx = InputGrad::wanted(true);
     // up_proj was recorded after gate_proj, so its gradients arrive first.
     linear::backward(cx, (layer, Projection::Up), d_up, &x, lora_up, &mut dx, sink)?;

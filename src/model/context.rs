@@ -93,6 +93,14 @@ impl<'a> Context<'a> {
         noise::shifted(seed, stream, (self.first_token * x.columns()) as u64)
     }
 
+    /// The result of `f`, of whose tensors nothing is measured.
+    pub fn unmeasured<T>(&self, f: impl FnOnce() -> T) -> T {
+        self.device.pause_statistics(true);
+        let result = f();
+        self.device.pause_statistics(false);
+        result
+    }
+
     /// Measures a tensor with one row per token, and flips the bits of it that the options name.
     pub fn observe(&self, site: Site, mut x: Tensor) -> Result<Tensor> {
         for flip in self.options.activation_flips.iter().filter(|f| f.site == site) {

@@ -1,3 +1,4 @@
+use spikeprobe::device::cpu::CpuDevice;
 use spikeprobe::device::{Compute, DType, Device, LowRank, Statistics, Tensor};
 
 use super::reference::{round, upload, values};
@@ -239,10 +240,65 @@ fn stale(device: &dyn Device) {
     device.accumulate(&mut sum, &a).expect("accumulate");
     let stored = download(device, &sum);
     check(&device.statistics(&sum, &units, DType::F32).expect("statistics")[1], &stored[210..], DType::F32);
+    // The gradient takes the memory of the logits.
+    let logits = device.add(&a, &b, DType::F32).expect("add");
+    device.statistics(&logits, &units, DType::F32).expect("statistics");
+    let (_, gradient) = device.cross_entropy_owned(logits, &[0; 8], &[1.0; 8]).expect("cross_entropy");
+    let stored = download(device, &gradient);
+    check(&device.statistics(&gradient, &units, DType::F32).expect("statistics")[1], &stored[210..], DType::F32);
+    // The memory of a result that is gone, in other hands.
+    drop(device.add(&a, &b, DType::F32).expect("add"));
+    let next = awkward(device, [8, 70], DType::F32, 3, true);
+    let stored = download(device, &next);
+    check(&device.statistics(&next, &units, DType::F32).expect("statistics")[1], &stored[210..], DType::F32);
     // One row less than announced: not the pass's own tensor.
     let fewer = device.gather_rows(&a, &[0, 1, 2, 3, 4, 5, 6]).expect("gather");
     let fewer = device.add(&fewer, &fewer, DType::F32).expect("add");
     let got = device.statistics(&fewer, &[0, 7], DType::F32).expect("statistics");
     device.expect_statistics(None);
     check(&got[0], &download(device, &fewer), DType::F32);
+}
+
+/// Pieces are cut and added up alike, whoever takes them; the tensors are large enough to be shared out.
+#[test]
+fn announced_statistics_do_not_depend_on_the_number_of_threads_cpu() {
+    for (n, columns, units) in [(260, 64, vec![0, 130, 130, 260]), (131, 200, vec![0, 131]), (90, 416, vec![0, 7, 90])]
+    {
+        for (dtype, broken) in [(DType::F32, false), (DType::BF16, false), (DType::BF16, true)] {
+            let measured = |threads| {
+                let device = CpuDevice::new(Some(threads)).expect("threads");
+                device.expect_statistics(Some((&units, None)));
+                let made = made(&device, n, columns, dtype, broken).into_iter().map(|(name, x)| {
+                    let got = device.statistics(&x, &units, x.dtype).expect("statistics");
+                    for (unit, got) in units.windows(2).zip(&got) {
+                        check(got, &download(&device, &x)[unit[0] * columns..unit[1] * columns], x.dtype);
+                    }
+                    (name, got)
+                });
+                made.collect::<Vec<_>>()
+            };
+            let alone = measured(1);
+            for threads in [2, 3, 7] {
+                assert_eq!(measured(threads), alone, "[{n}, {columns}] {dtype:?}, {threads} threads");
+            }
+        }
+    }
+}
+
+/// What is made while the announcement pauses, or on another thread's behalf, is measured when it is asked for.
+#[test]
+fn unannounced_results_are_measured_all_the_same_cpu() {
+    let device = CpuDevice::new(Some(2)).expect("threads");
+    let units = [0, 3, 8];
+    device.expect_statistics(Some((&units, None)));
+    let (a, b) = (awkward(&device, [8, 70], DType::F32, 1, true), awkward(&device, [8, 70], DType::F32, 2, false));
+    device.pause_statistics(true);
+    let paused = device.add(&a, &b, DType::F32).expect("add");
+    device.pause_statistics(false);
+    let elsewhere =
+        std::thread::scope(|scope| scope.spawn(|| device.gate(&a, &b).expect("gate")).join().expect("a gate"));
+    for x in [paused, elsewhere] {
+        let got = device.statistics(&x, &units, DType::F32).expect("statistics");
+        check(&got[1], &download(&device, &x)[210..], DType::F32);
+    }
 }

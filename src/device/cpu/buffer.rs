@@ -13,6 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapMut, MmapOptions};
 
+use super::meter::Measured;
+
 /// Elements of the smallest block; smaller buffers are vectors.
 const POOLED: usize = 1 << CLASSES;
 /// Classes of vectors, each twice as long as the one before.
@@ -32,6 +34,8 @@ const GAP: usize = 13 * LINE;
 pub struct Buffer {
     memory: Memory,
     length: usize,
+    /// Of the elements as they are: whoever may change them loses it, and copies begin without.
+    measured: Option<Box<Measured>>,
 }
 
 #[derive(Debug)]
@@ -168,7 +172,7 @@ impl Buffer {
     pub fn unset(n: usize) -> Self {
         let block = if n < POOLED { None } else { Block::new(n) };
         let memory = block.map_or_else(|| Memory::Vector(Vector::new(n)), Memory::Block);
-        Self { memory, length: n }
+        Self { memory, length: n, measured: None }
     }
 
     /// n zeros.
@@ -182,6 +186,15 @@ impl Buffer {
         let mut buffer = Self::unset(values.len());
         buffer.copy_from_slice(values);
         buffer
+    }
+
+    /// Keeps what was measured of the elements, until they may be changed.
+    pub fn keep(&mut self, measured: Measured) {
+        self.measured = Some(Box::new(measured));
+    }
+
+    pub fn measured(&self) -> Option<&Measured> {
+        self.measured.as_deref()
     }
 }
 
@@ -204,6 +217,7 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
+        self.measured = None;
         match &mut self.memory {
             Memory::Vector(vector) => &mut vector.0[..self.length],
             // SAFETY: as above, borrowed mutably.

@@ -36,7 +36,7 @@ impl CpuDevice {
         expect(a.shape == b.shape, "add", || format!("shapes {:?} and {:?}", a.shape, b.shape))?;
         let (left, right) = (values(a)?, values(b)?);
         let mut out = Buffer::unset(left.len());
-        with_round!(dtype, round => self.workers.rows(&mut out, 1, 1, |first, run| vectorised(#[inline(always)] || {
+        with_round!(dtype, round => self.fill(&mut out, (&a.shape, dtype), 1, 1, |first, run| vectorised(#[inline(always)] || {
             let (left, right) = (&left[first..][..run.len()], &right[first..][..run.len()]);
             for ((y, &a), &b) in run.iter_mut().zip(left).zip(right) {
                 *y = round.apply(a + b);
@@ -108,7 +108,7 @@ impl CpuDevice {
         expect(gate.shape == up.shape, "gate", || format!("shapes {:?} and {:?}", gate.shape, up.shape))?;
         let (g, u) = (values(gate)?, values(up)?);
         let mut out = Buffer::unset(g.len());
-        with_round!(gate.dtype, round => self.workers.rows(&mut out, 1, 8, |first, run| vectorised(#[inline(always)] || {
+        with_round!(gate.dtype, round => self.fill(&mut out, (&gate.shape, gate.dtype), 1, 8, |first, run| vectorised(#[inline(always)] || {
             let (g, u) = (&g[first..][..run.len()], &u[first..][..run.len()]);
             for ((y, &g), &u) in run.iter_mut().zip(g).zip(u) {
                 *y = round.apply(round.apply(silu(g)) * u);
@@ -124,7 +124,7 @@ impl CpuDevice {
         let (d, g, u) = (values(d_out)?, values(gate)?, values(up)?);
         let mut d_gate = Buffer::unset(g.len());
         let mut d_up = Buffer::unset(g.len());
-        with_round!(gate.dtype, round => self.workers.rows2((&mut d_gate, &mut d_up), (1, 1), 8, |first, dg, du| {
+        with_round!(gate.dtype, round => self.fill2((&mut d_gate, &mut d_up), (&gate.shape, gate.dtype), 1, 8, |first, dg, du| {
             let n = dg.len();
             let inputs = (&d[first..][..n], &g[first..][..n], &u[first..][..n]);
             vectorised(#[inline(always)] || gate_grad_run(inputs.0, inputs.1, inputs.2, dg, du, round));

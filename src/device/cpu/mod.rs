@@ -6,11 +6,16 @@
 mod attention;
 mod buffer;
 mod checks;
+mod classes;
 mod elementwise;
 mod gemm;
 mod loss;
 mod mapped;
 mod math;
+mod measure;
+#[cfg(target_arch = "x86_64")]
+mod measure_avx512;
+mod meter;
 mod norm;
 mod optimizer;
 mod root;
@@ -33,13 +38,15 @@ use values::{expect, tensor, values as values_of};
 /// The processor and its worker threads.
 pub struct CpuDevice {
     workers: threads::Workers,
+    expected: meter::Expectations,
 }
 
 impl CpuDevice {
     /// A device of `threads` threads, or one per available processor.
     pub fn new(threads: Option<usize>) -> Result<Self> {
         let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
-        Ok(Self { workers: threads::Workers::new(threads.unwrap_or_else(available))? })
+        let workers = threads::Workers::new(threads.unwrap_or_else(available))?;
+        Ok(Self { workers, expected: meter::Expectations::default() })
     }
 }
 
@@ -215,6 +222,12 @@ impl Device for CpuDevice {
 
     fn statistics(&self, x: &Tensor, units: Offsets<'_>, target: DType) -> Result<Vec<Statistics>> {
         self.statistics_impl(x, units, target)
+    }
+    fn expect_statistics(&self, of: Option<(Offsets<'_>, Option<DType>)>) {
+        self.expected.set(of);
+    }
+    fn pause_statistics(&self, pause: bool) {
+        self.expected.pause(pause);
     }
     fn norms(&self, x: &Tensor, units: Offsets<'_>) -> Result<Vec<(f32, u64)>> {
         self.norms_impl(x, units)

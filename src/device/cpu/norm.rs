@@ -2,6 +2,7 @@
 
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
+use super::threads::Shared;
 use super::values::{expect, tensor, values};
 use super::{Buffer, CpuDevice, math};
 use crate::Result;
@@ -17,8 +18,11 @@ impl CpuDevice {
         let (source, weight) = (values(x)?, values(w)?);
         let mut y = Buffer::unset(source.len());
         let mut r = Buffer::unset(rows);
+        let inverse = Shared::new(&mut r);
         with_round!(x.dtype, inner => with_round!(dtype, outer => {
-            self.workers.rows2((&mut y, &mut r), (columns, 1), 4, |first, y, r| vectorised(#[inline(always)] || {
+            self.fill(&mut y, (&x.shape, dtype), columns, 4, |first, y| vectorised(#[inline(always)] || {
+                // SAFETY: one element per row, and rows belong to one task each.
+                let r = unsafe { inverse.slice(first, y.len() / columns) };
                 for (i, (y, r)) in y.chunks_exact_mut(columns).zip(r).enumerate() {
                     let x = &source[(first + i) * columns..][..columns];
                     let mean = math::torch_sum([x], |[x]| x * x) / columns as f32;
@@ -54,7 +58,7 @@ impl CpuDevice {
         let so_far = so_far.map(values).transpose()?;
         let in_turn = x.dtype == DType::F32;
         let mut dx = Buffer::unset(source.len());
-        with_round!(x.dtype, round => self.workers.rows(&mut dx, columns, 6, |first, dx| vectorised(#[inline(always)] || {
+        with_round!(x.dtype, round => self.fill(&mut dx, (&x.shape, x.dtype), columns, 6, |first, dx| vectorised(#[inline(always)] || {
             for (i, dx) in dx.chunks_exact_mut(columns).enumerate() {
                 let at = (first + i) * columns;
                 let (dy, x, r) = (&dy[at..at + columns], &source[at..at + columns], r[first + i]);

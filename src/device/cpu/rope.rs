@@ -31,7 +31,7 @@ impl CpuDevice {
         let (source, cos, sin) = (values(x)?, values(with.cos)?, values(with.sin)?);
         let mut out = Buffer::unset(source.len());
         let sign = if with.inverse { -1.0f32 } else { 1.0 };
-        with_round!(dtype, round => self.workers.rows(&mut out, columns, 3, |first, run| vectorised(#[inline(always)] || {
+        with_round!(dtype, round => self.fill(&mut out, (&x.shape, dtype), columns, 3, |first, run| vectorised(#[inline(always)] || {
             for (i, y) in run.chunks_exact_mut(columns).enumerate() {
                 let x = &source[(first + i) * columns..][..columns];
                 let at = with.positions[first + i] as usize * half;

@@ -120,9 +120,10 @@ impl CpuDevice {
             });
         }
         // dk and dv were rounded per query head; a group's sum rounds to the dtype that was repeated over it.
-        for (d, dtype) in [(&mut dq, q.dtype), (&mut dk, k.dtype), (&mut dv, v.dtype)] {
+        for (d, like) in [(&mut dq, q), (&mut dk, k), (&mut dv, v)] {
+            let dtype = like.dtype;
             if dtype.is_half() {
-                self.workers.rows(d, 1, 1, |_, run| rounding::round_slice(run, dtype));
+                self.fill(d, (&like.shape, dtype), 1, 1, |_, run| rounding::round_slice(run, dtype));
             }
         }
         let wrap = |d: Buffer, like: &Tensor| tensor(d, like.shape.clone(), like.dtype);

@@ -6,6 +6,7 @@
 
 use super::finish::Finish;
 use crate::device::Compute;
+use crate::device::cpu::measure;
 use crate::device::cpu::simd::{self, Level};
 use crate::device::cpu::threads::Shared;
 
@@ -165,6 +166,16 @@ impl Tile<'_> {
     pub fn row(&self, row: usize) -> &mut [f32] {
         // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
         unsafe { self.c.slice(self.at + row * self.strides.0, self.columns) }
+    }
+}
+
+impl<'t> measure::Rows<'t> for &'t Tile<'_> {
+    fn count(&self) -> usize {
+        self.rows
+    }
+    #[inline(always)]
+    fn row(&self, i: usize) -> &'t [f32] {
+        Tile::row(self, i)
     }
 }
 

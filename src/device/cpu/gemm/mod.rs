@@ -15,11 +15,12 @@ mod pack;
 mod pack_avx512;
 
 pub use finish::{LowRank, Then};
-pub use kernel::Kernel;
+pub use kernel::{COLUMNS as TILE_COLUMNS, Kernel, Tile};
 pub use pack::Matrix;
 
 use std::ops::Range;
 
+use super::meter::Cells;
 use super::rounding;
 use super::threads::Shared;
 use super::values::{elements, expect, expect_offsets, tensor, values};
@@ -29,6 +30,8 @@ use crate::device::{self, Compute, DType, Tensor};
 
 /// Columns of B packed at a time by one task; with a [`depth_block`] at most half of a second-level cache.
 const COLUMNS: usize = 256;
+/// Panels of rows that go to one task, and are measured, together.
+const PANELS: usize = 4;
 
 /// One product and what happens to its result.
 pub struct Product<'a> {
@@ -44,6 +47,8 @@ pub struct Product<'a> {
     pub bias: Option<&'a [f32]>,
     pub out: DType,
     pub then: Then<'a>,
+    /// Where to put what is measured of the result.
+    pub cells: Option<&'a Cells>,
 }
 
 impl CpuDevice {
@@ -69,7 +74,7 @@ impl CpuDevice {
         let (row_tasks, column_tasks) = self.cut(&plan);
         let c = Shared::new(c);
         self.workers.each(row_tasks * column_tasks, plan.m * plan.n * product.k / 8, |task| {
-            let rows = share(plan.panels(), row_tasks, task % row_tasks, kernel.rows, plan.m);
+            let rows = share(plan.panels().div_ceil(PANELS), row_tasks, task % row_tasks, kernel.rows * PANELS, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
             block(&plan, (packed, term.as_ref()), rows, columns, (&c, 0));
@@ -105,7 +110,7 @@ impl CpuDevice {
             return (1, even);
         }
         let by_columns = tiles.div_ceil(2).clamp(1, wanted);
-        let by_rows = plan.m.div_ceil(plan.kernel.rows * 4).clamp(1, wanted.div_ceil(by_columns));
+        let by_rows = plan.m.div_ceil(plan.kernel.rows * PANELS).clamp(1, wanted.div_ceil(by_columns));
         (by_rows, by_columns)
     }
 
@@ -133,7 +138,9 @@ impl CpuDevice {
             return Ok(tensor(y, vec![m, n], out));
         }
         let (a, b) = (by_rows(x)?, by_rows(w)?);
-        self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then }, &mut y);
+        let cells = self.cells(compute, (m, n), out);
+        self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then, cells: cells.as_ref() }, &mut y);
+        cells.into_iter().for_each(|cells| y.keep(cells.finish()));
         Ok(tensor(y, vec![m, n], out))
     }
 
@@ -167,8 +174,18 @@ impl CpuDevice {
             return Ok(tensor(dx, vec![m, n], out));
         }
         let (a, b) = (by_rows(dy)?, by_columns(w)?);
-        self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then }, &mut dx);
-        Ok(tensor(dx, vec![m, n], sum.map_or(out, |(.., dtype)| dtype)))
+        let dtype = sum.map_or(out, |(.., dtype)| dtype);
+        let cells = self.cells(compute, (m, n), dtype);
+        self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
+        cells.into_iter().for_each(|cells| dx.keep(cells.finish()));
+        Ok(tensor(dx, vec![m, n], dtype))
+    }
+
+    /// For what is to be measured of an (m, n) product, unless it is so narrow that it is computed transposed.
+    fn cells(&self, compute: Compute, (m, n): (usize, usize), dtype: DType) -> Option<Cells> {
+        let kernel = Kernel::best(compute);
+        let meter = self.meter(&[m, n], dtype).filter(|_| n >= kernel.columns)?;
+        Some(Cells::new(meter, kernel.rows * PANELS, kernel.columns))
     }
 
     pub(super) fn linear_weight_grad_impl(
@@ -199,7 +216,7 @@ impl CpuDevice {
             let (first, k) = (units[unit], units[unit + 1] - units[unit]);
             let a = Matrix { elements: a, at: first * m, lane: 1, depth: m, dtype: dy.dtype };
             let b = Matrix { elements: b, at: first * n, lane: 1, depth: n, dtype: x.dtype };
-            Product { m, n, k, a, b, compute, bias: None, out, then: Then::Nothing }
+            Product { m, n, k, a, b, compute, bias: None, out, then: Then::Nothing, cells: None }
         };
         let kernel = Kernel::best(compute);
         if m.min(n) > kernel.columns {
@@ -417,6 +434,19 @@ fn block(
                     };
                     kernel.tile((a, b), &tile, part.start > 0, finishes.then_some(&finish), &mut scratch);
                 }
+                let end = (row + kernel.rows).min(rows.end);
+                if let Some(cells) = plan.product.cells
+                    && part.end == plan.depth
+                    && (end == rows.end || end.is_multiple_of(kernel.rows * PANELS))
+                {
+                    cells.measure(end, lanes.clone(), |rows, columns| kernel::Tile {
+                        c,
+                        at: start + rows.start * plan.strides.0 + columns.start,
+                        strides: plan.strides,
+                        rows: rows.len(),
+                        columns: columns.len(),
+                    });
+                }
             }
         }
     }
@@ -435,8 +465,18 @@ mod tests {
         let draw = |n: usize, seed| (0..n).map(|i| rounding::bf16(symmetric(seed, 0, i as u64))).collect::<Vec<f32>>();
         let (a, b) = (draw(m * k, 1), draw(n * k, 2));
         let view = |x| Matrix { elements: Elements::Wide(x), at: 0, lane: k, depth: 1, dtype: DType::BF16 };
-        let product =
-            Product { m, n, k, a: view(&a), b: view(&b), compute, bias: None, out: DType::F32, then: Then::Nothing };
+        let product = Product {
+            m,
+            n,
+            k,
+            a: view(&a),
+            b: view(&b),
+            compute,
+            bias: None,
+            out: DType::F32,
+            then: Then::Nothing,
+            cells: None,
+        };
         let mut c = vec![f32::NAN; m * n];
         device.gemm_with(&Kernel::at(level, compute), &product, &mut c);
         c
