@@ -98,12 +98,23 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
     (loss && !chaotic) || (norm && noise < LEAST)
 }
 
+impl Difference {
+    /// Every logged number is the replay's to the last bit.
+    fn is_none(&self) -> bool {
+        self.loss == 0.0 && (self.grad_norm == 0.0 || self.grad_norm.is_nan())
+    }
+}
+
+/// Enough steps, all equal to the last bit.
+pub fn is_exact(differences: &[Difference]) -> bool {
+    differences.len() >= EXACT && differences.iter().all(Difference::is_none)
+}
+
 /// The step at or before `spike` at which a replay that gave every bit of the log parts from it, by more than a rounding
 /// that this program does differently could move one step. `None` where the steps before are not all equal: then chaos
 /// is another explanation, here it is none.
 pub fn parts_exactly(differences: &[Difference], spike: u64) -> Option<u64> {
-    let equal = |d: &&Difference| d.loss == 0.0 && (d.grad_norm == 0.0 || d.grad_norm.is_nan());
-    let exact = differences.iter().take_while(equal).count();
+    let exact = differences.iter().take_while(|d| d.is_none()).count();
     let first = differences.get(exact).filter(|d| exact >= EXACT && d.step <= spike)?;
     (first.loss > ROUNDING.loss || first.grad_norm > ROUNDING.grad_norm).then_some(first.step)
 }

@@ -6,8 +6,9 @@ use super::detect::{self, Found};
 use super::height::{self, Point};
 use super::investigate::{Budget, Investigation, PAST, Tried, investigate};
 use super::laboratory::{Laboratory, Subject, step_of};
-use super::{Cause, CertificateSummary, Confidence, Diagnosis, Envelope, Finding, RowBlame, SCHEMA, Spike};
-use super::{Cost, Experiment, Fix, SpikeKind, Verdict, departure, fix, mechanism, shares, stall, suspects, verdict};
+use super::{Cause, CertificateSummary, Confidence, Cost, Diagnosis, Envelope, Experiment, Finding, Fix, RowBlame};
+use super::{SCHEMA, Spike, SpikeKind, Verdict};
+use super::{departure, fix, mechanism, quiet, shares, suspects, verdict};
 use crate::error::Kind;
 use crate::probe::Measurement;
 use crate::replay::{Start, StepRecord};
@@ -28,8 +29,6 @@ pub struct Options {
 
 /// Spikes beyond the largest that are looked into.
 const OTHERS: usize = 6;
-/// Steps replayed for the certificate of a log without spikes.
-const CERTIFIED: u64 = 8;
 
 /// A diagnosis and what its report shows beside it.
 #[derive(Debug)]
@@ -72,7 +71,7 @@ pub fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, options: &Optio
         }
     }
     if looked_into.is_empty() {
-        return without_spike(subject, lab, &mut budget);
+        return quiet::diagnose(subject, lab, &mut budget);
     }
     assemble(subject, lab, &found, looked_into, &mut budget)
 }
@@ -140,7 +139,11 @@ fn assemble(
         // One of the listed spikes carries the verdict, word for word: that is how a reader finds its step.
         spikes.iter_mut().filter(|s| s.step == spike.step).for_each(|s| s.verdict.clone_from(&top));
     }
-    let shares = shares_of(lab, &first, spike.step, budget)?;
+    // A step that the replay does not show cannot be divided among changes that were tried for other reasons.
+    let shares = match top.cause {
+        Cause::Hardware => BTreeMap::new(),
+        _ => shares_of(lab, &first, spike.step, budget)?,
+    };
     let fix = match top.harmful {
         true => fix::prove(subject, lab, &spike, &first, top.cause, &rows, budget)?,
         false => None,
@@ -199,62 +202,7 @@ fn not_looked_into(found: &Found) -> Verdict {
     }
 }
 
-/// No spike in the log: certify its end, and ask whether a half-precision adapter lost updates.
-fn without_spike(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Answer> {
-    let mut baseline = Vec::new();
-    let mut diagnosis = Diagnosis {
-        schema: SCHEMA.to_string(),
-        spikes: Vec::new(),
-        verdict: Verdict {
-            cause: Cause::None,
-            also_sufficient: Vec::new(),
-            confidence: Confidence::Strong,
-            harmful: false,
-            summary: "The log shows no spike.".to_string(),
-        },
-        shares: BTreeMap::new(),
-        rows: Vec::new(),
-        sites: Vec::new(),
-        experiments: Vec::new(),
-        fix: None,
-        fault: None,
-        certificate: None,
-        findings: Vec::new(),
-        windows_replayed: 0,
-        cost: Cost::default(),
-    };
-    match stall::look(subject, lab, budget) {
-        Err(error) if error.kind == Kind::Interrupted => return Err(error),
-        Ok(Some(stall)) => {
-            diagnosis.verdict = stall.spike.verdict.clone();
-            diagnosis.spikes = vec![stall.spike];
-            diagnosis.experiments = stall.experiments;
-            diagnosis.fix = stall.fix;
-        }
-        Ok(None) | Err(_) => {}
-    }
-    let last = subject.last_step();
-    let start = subject.starts_before(last).into_iter().next().unwrap_or(Start::Initial);
-    match lab.replay(&start, (step_of(&start) + CERTIFIED).min(last), &[]) {
-        Err(error) if error.kind == Kind::Interrupted => return Err(error),
-        Err(error) => {
-            diagnosis.verdict.confidence = Confidence::Moderate;
-            diagnosis.findings.push(not_replayed(&error));
-        }
-        Ok(trace) => {
-            budget.baseline += trace.steps.len() as u64;
-            let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
-            let differences = departure::differences(&points, &subject.points, subject.rounding());
-            diagnosis.certificate = Some(summary_of(subject, &differences, step_of(&start) + 1));
-            baseline = trace.steps;
-        }
-    }
-    diagnosis.windows_replayed = budget.used;
-    diagnosis.cost = cost_of(budget, lab);
-    Ok(Answer { diagnosis, baseline, measured: Vec::new() })
-}
-
-fn not_replayed(error: &Error) -> Finding {
+pub(super) fn not_replayed(error: &Error) -> Finding {
     Finding {
         code: "not_replayed".into(),
         severity: "warning".into(),
@@ -285,7 +233,11 @@ fn certificate(subject: &Subject<'_>, investigation: &Investigation) -> Option<C
     Some(summary_of(subject, &investigation.differences, step_of(start) + 1))
 }
 
-fn summary_of(subject: &Subject<'_>, differences: &[departure::Difference], from: u64) -> CertificateSummary {
+pub(super) fn summary_of(
+    subject: &Subject<'_>,
+    differences: &[departure::Difference],
+    from: u64,
+) -> CertificateSummary {
     let floor = subject.floor();
     let departs_at = departure::first_beyond(differences, floor);
     let before = || differences.iter().filter(|d| departs_at.is_none_or(|at| d.step < at));
@@ -306,7 +258,7 @@ fn summary_of(subject: &Subject<'_>, differences: &[departure::Difference], from
     }
 }
 
-fn cost_of(budget: &Budget, lab: &dyn Laboratory) -> Cost {
+pub(super) fn cost_of(budget: &Budget, lab: &dyn Laboratory) -> Cost {
     let Budget { used, baseline, proof, limit, .. } = *budget;
     Cost { limit, baseline, experiments: used, proof, cached: lab.cached() }
 }

@@ -224,7 +224,9 @@ impl Bench<'_, '_> {
         self.out.baseline.clone_from(&trace.steps);
         let mut height = self.height(&trace);
         let shown = height >= 0.5 * self.found.height;
-        if !shown && matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
+        // A replay that parts after bits that were all equal is no chaos: a nearer state would be part of the damage.
+        let parted = departure::parts_exactly(&self.differences(&trace), self.found.step).is_some();
+        if !shown && !parted && matches!(self.found.kind, SpikeKind::Jump | SpikeKind::Divergence) {
             // The nearest state of all, if there is one nearer: one step of chaos less.
             let nearest = self.starts.first().cloned().unwrap_or(Start::Initial);
             if nearest != self.near {
@@ -235,8 +237,7 @@ impl Bench<'_, '_> {
                 }
             }
         }
-        let replayed: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
-        let differences = departure::differences(&replayed, &self.subject.points, self.subject.rounding());
+        let differences = self.differences(&trace);
         let mut before = departure::before(&differences, self.found.step, self.subject.floor());
         if before == Match::Off && self.is_the_run(&differences)? {
             before = Match::Band;
@@ -244,7 +245,8 @@ impl Bench<'_, '_> {
         let baseline = &mut self.out.evidence.baseline;
         baseline.height = Some(height);
         baseline.before = before;
-        self.out.evidence.window_without_labels = replayed.iter().any(|p| p.step == self.found.step && p.unlabelled);
+        let mut at_spike = trace.steps.iter().filter(|r| r.step == self.found.step);
+        self.out.evidence.window_without_labels = at_spike.any(|r| Point::comparable(r).unlabelled);
         self.out.start = Some(self.near.clone());
         self.out.differences = differences;
         self.out.baseline.clone_from(&trace.steps);
@@ -262,9 +264,13 @@ impl Bench<'_, '_> {
             return Ok(false);
         }
         let trace = self.unchanged(&Start::Initial, departure::BEGINNING as u64)?;
-        let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
-        let beginning = departure::differences(&points, &self.subject.points, self.subject.rounding());
-        Ok(departure::begins_close(&beginning, floor))
+        Ok(departure::begins_close(&self.differences(&trace), floor))
+    }
+
+    /// `trace` against the log.
+    fn differences(&self, trace: &Trace) -> Vec<departure::Difference> {
+        let replayed: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
+        departure::differences(&replayed, &self.subject.points, self.subject.rounding())
     }
 
     pub(super) fn unchanged(&mut self, start: &Start, to: u64) -> Result<Trace> {

@@ -24,6 +24,7 @@ pub mod number;
 pub mod past;
 pub mod patch;
 mod plan;
+mod quiet;
 pub mod remembering;
 mod route;
 pub mod rows;

@@ -9,7 +9,7 @@ use spikeprobe::diagnosis::laboratory::{Laboratory, ReplayLaboratory, Subject};
 use spikeprobe::diagnosis::remembering::Remembering;
 use spikeprobe::diagnosis::{Cause, Diagnosis};
 use spikeprobe::probe::Measurement;
-use spikeprobe::replay::{Intervention, Replayer, Silent, Source, Start, Trace};
+use spikeprobe::replay::{BitFlip, FlipTarget, Intervention, Replayer, Silent, Source, Start, Trace};
 use spikeprobe::run::AdapterWeights;
 
 const LIMIT: u64 = 40;
@@ -151,4 +151,57 @@ fn a_change_that_acts_later_leaves_the_steps_before_as_they_were() {
         assert!((a.learning_rate - b.learning_rate).abs() <= 1e-12 * b.learning_rate, "step {}", a.step);
         assert!((a.loss_raw - b.loss_raw).abs() <= 1e-5 * b.loss_raw, "step {}", a.step);
     }
+}
+
+/// Recorded (fixtures/runs/record_flip.py) with a bit flipped just before the checkpoint that is nearest to the spike.
+#[test]
+fn a_bit_that_flipped_is_found_though_dropout_drew_and_a_checkpoint_holds_the_damage() {
+    let replayer = open("tests/fixtures/runs", "flip-before-checkpoint");
+    let diagnosis = diagnosed(&replayer, &mut ReplayLaboratory { replayer: &replayer });
+    assert_eq!(diagnosis.verdict.cause, Cause::Hardware, "{}", diagnosis.verdict.summary);
+    let fault = diagnosis.fault.expect("a fault");
+    assert!(fault.proved, "{}", fault.message);
+    assert_eq!((fault.step, fault.target.as_str(), fault.bit), (16, "lora_B", Some(26)));
+    assert_eq!(fault.tensor.as_deref(), Some("layers.1.mlp.down_proj"));
+    let fix = diagnosis.fix.expect("a fix");
+    let from = fix.changes["resume_from_checkpoint"].as_str().expect("a path");
+    assert!(from.ends_with("checkpoint-8"), "{from}");
+    assert!(diagnosis.shares.is_empty(), "nothing that was tried explains a fault: {:?}", diagnosis.shares);
+}
+
+/// The log of a healthy run, with what a small flip would have made of it.
+fn with_a_small_flip(replayer: &Replayer, step: u64) -> Subject<'_> {
+    let flip =
+        BitFlip { step, target: FlipTarget::LoraB, tensor: "layers.1.mlp.down_proj".into(), element: 7, bit: 26 };
+    let flips = [Intervention::FlipBit(flip)];
+    let steps = replayer.replay(&Start::Checkpoint(24), 48, &flips, &mut Silent).expect("a trace").steps;
+    let mut subject = Subject::new(replayer.run(), *replayer.scene().engine.plan(), Some(replayer.corpus()));
+    for record in &steps {
+        let row = subject.rows.iter_mut().find(|row| row.step == record.step).expect("a row");
+        (row.loss, row.grad_norm) = (Some(record.loss), Some(record.grad_norm));
+        let point = subject.points.iter_mut().find(|point| point.step == record.step).expect("a point");
+        (point.loss, point.grad_norm) = (record.loss, record.grad_norm);
+    }
+    subject
+}
+
+#[test]
+fn a_quiet_log_is_held_against_the_replay_and_a_fault_too_small_for_a_spike_is_told() {
+    let replayer = open("tests/fixtures/runs", "k6-healthy-cos-qwen2-fp32");
+    let options = Options { spike: None, windows: LIMIT, seconds: None, vocab_size: None };
+    let told = |subject: &Subject<'_>| {
+        diagnose(subject, &mut ReplayLaboratory { replayer: &replayer }, &options).expect("a diagnosis").diagnosis
+    };
+    let healthy = Subject::new(replayer.run(), *replayer.scene().engine.plan(), Some(replayer.corpus()));
+    let healthy = told(&healthy);
+    assert_eq!((healthy.verdict.cause, healthy.findings.len()), (Cause::None, 0));
+    let certificate = healthy.certificate.expect("a certificate");
+    assert_eq!((certificate.from, certificate.to, certificate.loss_max_rel), (25, 48, 0.0));
+    let faulty = told(&with_a_small_flip(&replayer, 34));
+    assert!(faulty.spikes.is_empty());
+    let finding = faulty.findings.iter().find(|f| f.code == "parts_exactly").expect("the finding");
+    assert!(finding.place == "step 34" && finding.message.contains("up to step 33"), "{finding:?}");
+    // No checkpoint after step 34 is kept that could name the bit.
+    assert_eq!(faulty.verdict.cause, Cause::None);
+    assert!(faulty.verdict.summary.contains("step 34"), "{}", faulty.verdict.summary);
 }

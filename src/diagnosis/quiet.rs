@@ -1,0 +1,128 @@
+//! A log without a spike: is it the run's, does it hide a fault, and did its updates get lost?
+
+use std::collections::BTreeMap;
+
+use super::diagnose::{Answer, cost_of, not_replayed, summary_of};
+use super::height::Point;
+use super::investigate::Budget;
+use super::laboratory::{Laboratory, Subject, step_of};
+use super::{Cause, CertificateSummary, Confidence, Cost, Diagnosis, Fault, Finding, SCHEMA, Verdict};
+use super::{departure, hardware, stall};
+use crate::Result;
+use crate::error::Kind;
+use crate::replay::{Start, StepRecord};
+
+/// Steps replayed for the certificate of a log without spikes.
+const CERTIFIED: u64 = 8;
+
+/// No spike in the log: certify its end, and ask whether a half-precision adapter lost updates.
+pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Answer> {
+    let mut baseline = Vec::new();
+    let mut diagnosis = Diagnosis {
+        schema: SCHEMA.to_string(),
+        spikes: Vec::new(),
+        verdict: Verdict {
+            cause: Cause::None,
+            also_sufficient: Vec::new(),
+            confidence: Confidence::Strong,
+            harmful: false,
+            summary: "The log shows no spike.".to_string(),
+        },
+        shares: BTreeMap::new(),
+        rows: Vec::new(),
+        sites: Vec::new(),
+        experiments: Vec::new(),
+        fix: None,
+        fault: None,
+        certificate: None,
+        findings: Vec::new(),
+        windows_replayed: 0,
+        cost: Cost::default(),
+    };
+    match stall::look(subject, lab, budget) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Ok(Some(stall)) => {
+            diagnosis.verdict = stall.spike.verdict.clone();
+            diagnosis.spikes = vec![stall.spike];
+            diagnosis.experiments = stall.experiments;
+            diagnosis.fix = stall.fix;
+        }
+        Ok(None) | Err(_) => {}
+    }
+    match certified(subject, lab, budget) {
+        Err(error) if error.kind == Kind::Interrupted => return Err(error),
+        Err(error) => {
+            diagnosis.verdict.confidence = Confidence::Moderate;
+            diagnosis.findings.push(not_replayed(&error));
+        }
+        Ok(quiet) => {
+            if let Some(step) = quiet.parted {
+                let fault = hardware::locate(subject, lab, &quiet.start, step, budget)?;
+                parts_unseen(&mut diagnosis, step, fault);
+            }
+            diagnosis.certificate = Some(quiet.certificate);
+            baseline = quiet.steps;
+        }
+    }
+    diagnosis.windows_replayed = budget.used;
+    diagnosis.cost = cost_of(budget, lab);
+    Ok(Answer { diagnosis, baseline, measured: Vec::new() })
+}
+
+/// The end of a quiet log, replayed.
+struct Quiet {
+    certificate: CertificateSummary,
+    start: Start,
+    /// Where the replay parts after bits that were all equal: a fault too small for a spike.
+    parted: Option<u64>,
+    steps: Vec<StepRecord>,
+}
+
+/// Holds a quiet log against the replay: as many of its last steps as the budget allows while they are equal to the last
+/// bit, else the few that no chaos has reached yet.
+fn certified(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budget) -> Result<Quiet> {
+    let (last, limit) = (subject.last_step(), budget.limit);
+    let mut replay = |start: &Start, to: u64| -> Result<(Vec<departure::Difference>, Quiet)> {
+        let trace = lab.replay(start, to.min(last), &[])?;
+        budget.baseline += trace.steps.len() as u64;
+        let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
+        let differences = departure::differences(&points, &subject.points, subject.rounding());
+        let certificate = summary_of(subject, &differences, step_of(start) + 1);
+        let parted = departure::parts_exactly(&differences, last);
+        Ok((differences, Quiet { certificate, start: start.clone(), parted, steps: trace.steps }))
+    };
+    let starts = subject.starts_before(last);
+    let nearest = starts.first().cloned().unwrap_or(Start::Initial);
+    let (differences, short) = replay(&nearest, step_of(&nearest) + CERTIFIED)?;
+    let earliest = starts.iter().rfind(|start| last - step_of(start) <= limit);
+    let Some(earliest) = earliest.filter(|_| departure::is_exact(&differences)) else { return Ok(short) };
+    let (differences, long) = replay(earliest, last)?;
+    Ok(if long.parted.is_some() || departure::is_exact(&differences) { long } else { short })
+}
+
+/// Says of a quiet log that one of its steps is not what its inputs give.
+fn parts_unseen(diagnosis: &mut Diagnosis, step: u64, fault: Fault) {
+    let before = step - 1;
+    diagnosis.findings.push(Finding {
+        code: "parts_exactly".into(),
+        severity: "warning".into(),
+        message: format!(
+            "Replay and log agree to the last bit up to step {before} and part at step {step} by more than a rounding: {}.",
+            fault.message
+        ),
+        place: format!("step {step}"),
+    });
+    let verdict = &mut diagnosis.verdict;
+    if !fault.proved {
+        verdict.summary =
+            format!("The log shows no spike, but step {step} is not what the files give: see the findings.");
+        return;
+    }
+    (verdict.cause, verdict.harmful) = (Cause::Hardware, true);
+    verdict.summary = format!(
+        "The log shows no spike, but a bit flipped before step {step}: {}. Injected into the replay, it gives the logged \
+         numbers. Check the device's memory (ECC) and resume from the checkpoint before it.",
+        fault.message
+    );
+    diagnosis.fault = Some(fault);
+}
