@@ -52,17 +52,15 @@ pub fn prove(
     Ok(None)
 }
 
+pub(super) const BEFORE_THE_FAULT: &str = "The checkpoint was written before the fault; the replay from it is quiet.";
+
 type Change = (Start, Vec<Intervention>, BTreeMap<String, Value>, Option<String>);
 
 /// What a user would set, and the interventions that replay it.
 fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, rows: &[RowBlame]) -> Option<Change> {
     if cause == Cause::Hardware {
-        let before = subject.starts_before(investigation.evidence.step).into_iter().next()?;
-        let Start::Checkpoint(step) = before else { return None };
-        let folder = subject.run.config.output_dir.join(format!("checkpoint-{step}"));
-        let changes = BTreeMap::from([("resume_from_checkpoint".to_string(), json!(folder))]);
-        let note = "The checkpoint was written before the fault; the replay from it is quiet.".to_string();
-        return Some((before, Vec::new(), changes, Some(note)));
+        let (before, changes) = resume_before(subject, investigation.evidence.step)?;
+        return Some((before, Vec::new(), changes, Some(BEFORE_THE_FAULT.to_string())));
     }
     let evidence = &investigation.evidence;
     let (index, trial) = evidence.smallest_change(cause)?;
@@ -107,6 +105,14 @@ fn change(subject: &Subject<'_>, investigation: &Investigation, cause: Cause, ro
         _ => {}
     }
     Some((tried.start.clone(), interventions, changes, note))
+}
+
+/// The checkpoint before `step`, and what a user writes to go on from it.
+pub(super) fn resume_before(subject: &Subject<'_>, step: u64) -> Option<(Start, BTreeMap<String, Value>)> {
+    let start = subject.starts_before(step).into_iter().next()?;
+    let Start::Checkpoint(saved) = start else { return None };
+    let folder = subject.run.config.output_dir.join(format!("checkpoint-{saved}"));
+    Some((start, BTreeMap::from([("resume_from_checkpoint".to_string(), json!(folder))])))
 }
 
 fn measured(subject: &Subject<'_>, found: &Found, trace: &Trace) -> Experiment {

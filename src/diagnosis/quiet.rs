@@ -6,8 +6,8 @@ use super::diagnose::{Answer, cost_of, not_replayed, summary_of};
 use super::height::Point;
 use super::investigate::Budget;
 use super::laboratory::{Laboratory, Subject, step_of};
-use super::{Cause, CertificateSummary, Confidence, Cost, Diagnosis, Fault, Finding, SCHEMA, Verdict};
-use super::{departure, hardware, stall};
+use super::{Cause, CertificateSummary, Confidence, Cost, Diagnosis, Finding, Fix, SCHEMA, Verdict};
+use super::{departure, fix, hardware, stall};
 use crate::Result;
 use crate::error::Kind;
 use crate::replay::{Start, StepRecord};
@@ -57,8 +57,7 @@ pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: 
         }
         Ok(quiet) => {
             if let Some(step) = quiet.parted {
-                let fault = hardware::locate(subject, lab, &quiet.start, step, budget)?;
-                parts_unseen(&mut diagnosis, step, fault);
+                hidden_fault(subject, lab, &quiet, step, budget, &mut diagnosis)?;
             }
             diagnosis.certificate = Some(quiet.certificate);
             baseline = quiet.steps;
@@ -100,29 +99,46 @@ fn certified(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budge
     Ok(if long.parted.is_some() || departure::is_exact(&differences) { long } else { short })
 }
 
-/// Says of a quiet log that one of its steps is not what its inputs give.
-fn parts_unseen(diagnosis: &mut Diagnosis, step: u64, fault: Fault) {
-    let before = step - 1;
+/// Says of a quiet log that `step` is not what its inputs give, and which bit flipped if one explains it.
+fn hidden_fault(
+    subject: &Subject<'_>,
+    lab: &mut dyn Laboratory,
+    quiet: &Quiet,
+    step: u64,
+    budget: &mut Budget,
+    diagnosis: &mut Diagnosis,
+) -> Result<()> {
+    let fault = hardware::locate(subject, lab, &quiet.start, step, budget)?;
     diagnosis.findings.push(Finding {
         code: "parts_exactly".into(),
         severity: "warning".into(),
         message: format!(
-            "Replay and log agree to the last bit up to step {before} and part at step {step} by more than a rounding: {}.",
+            "Replay and log agree to the last bit up to step {} and part at step {step} by more than a rounding: {}.",
+            step - 1,
             fault.message
         ),
         place: format!("step {step}"),
     });
     let verdict = &mut diagnosis.verdict;
+    if verdict.cause != Cause::None {
+        return Ok(());
+    }
     if !fault.proved {
         verdict.summary =
             format!("The log shows no spike, but step {step} is not what the files give: see the findings.");
-        return;
+        return Ok(());
     }
     (verdict.cause, verdict.harmful) = (Cause::Hardware, true);
     verdict.summary = format!(
-        "The log shows no spike, but a bit flipped before step {step}: {}. Injected into the replay, it gives the logged \
-         numbers. Check the device's memory (ECC) and resume from the checkpoint before it.",
+        "The log shows no spike, but a bit flipped: {}. Injected into the replay, it gives the logged numbers. Check the \
+         device's memory (ECC) and resume from the checkpoint before it.",
         fault.message
     );
+    // The unchanged replay went through the same steps, and is as quiet there as before.
+    let checked_steps = quiet.steps.iter().filter(|record| record.step >= step).count() as u64;
+    let note = Some(fix::BEFORE_THE_FAULT.to_string());
+    diagnosis.fix =
+        fix::resume_before(subject, step).map(|(_, changes)| Fix { changes, height: 0.0, checked_steps, note });
     diagnosis.fault = Some(fault);
+    Ok(())
 }
