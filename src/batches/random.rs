@@ -46,6 +46,17 @@ impl Mt19937 {
         temper(self.state[self.next - 1])
     }
 
+    #[inline(always)]
+    fn next_two(&mut self) -> [u32; 2] {
+        match self.state.get(self.next..).and_then(<[u32]>::first_chunk) {
+            Some(&[first, second]) => {
+                self.next += 2;
+                [temper(first), temper(second)]
+            }
+            None => [self.next_u32(), self.next_u32()],
+        }
+    }
+
     /// Passes over `numbers` 32-bit numbers.
     pub fn skip(&mut self, mut numbers: u64) {
         while numbers > (WORDS - self.next) as u64 {
@@ -63,8 +74,8 @@ impl Mt19937 {
         // k · 2^-53 < keep, k whole.
         let end = (keep * (1u64 << 53) as f64).ceil() as u64;
         for at in first..first + n {
-            let high = u64::from(self.next_u32());
-            let one = ((high << 32 | u64::from(self.next_u32())) & DOUBLE) < end;
+            let [high, low] = self.next_two().map(u64::from);
+            let one = ((high << 32 | low) & DOUBLE) < end;
             bits[at / 32] |= u32::from(one) << (at % 32);
         }
     }
