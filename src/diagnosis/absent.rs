@@ -52,7 +52,8 @@ impl Bench<'_, '_> {
                 Err(error) if error.kind == Kind::Interrupted => return Err(error),
                 asked => asked.unwrap_or(None),
             };
-            self.out.evidence.fault = Some(hardware::locate(self.subject, self.lab, &self.near, step, self.budget)?);
+            self.out.evidence.fault =
+                Some(hardware::locate(self.subject, self.lab, &self.near, (step, false), self.budget)?);
         }
         Ok(())
     }

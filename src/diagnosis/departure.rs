@@ -100,8 +100,14 @@ pub fn departs_at(differences: &[Difference], spike: u64, spread: Envelope) -> b
 
 impl Difference {
     /// Every logged number is the replay's to the last bit.
-    fn is_none(&self) -> bool {
+    pub fn is_none(&self) -> bool {
         self.loss == 0.0 && (self.grad_norm == 0.0 || self.grad_norm.is_nan())
+    }
+
+    /// No more than a rounding done differently may move.
+    pub fn is_rounding(&self) -> bool {
+        let within = |difference: f64, most: f64| difference.is_nan() || difference <= most;
+        within(self.loss, ROUNDING.loss) && within(self.grad_norm, ROUNDING.grad_norm)
     }
 }
 
@@ -114,9 +120,14 @@ pub fn is_exact(differences: &[Difference]) -> bool {
 /// that this program does differently could move one step. `None` where the steps before are not all equal: then chaos
 /// is another explanation, here it is none.
 pub fn parts_exactly(differences: &[Difference], spike: u64) -> Option<u64> {
+    let first = first_after_exact(differences).filter(|d| d.step <= spike)?;
+    (!first.is_rounding()).then_some(first.step)
+}
+
+/// The first step that differs at all after [`EXACT`] or more that were equal to the last bit.
+pub fn first_after_exact(differences: &[Difference]) -> Option<&Difference> {
     let exact = differences.iter().take_while(|d| d.is_none()).count();
-    let first = differences.get(exact).filter(|d| exact >= EXACT && d.step <= spike)?;
-    (first.loss > ROUNDING.loss || first.grad_norm > ROUNDING.grad_norm).then_some(first.step)
+    differences.get(exact).filter(|_| exact >= EXACT)
 }
 
 /// The step at which a spike of `step` began to break: a gradient norm that is finite in the replay and not in the log
@@ -220,6 +231,18 @@ mod tests {
         assert_eq!(parts(&[1.0, 0.9000001, 0.8, 0.7, 0.65]), None, "arithmetic that differs may be chaos");
         assert_eq!(parts(&[1.0, 0.95, 0.8, 0.7, 0.65]), None, "one step says nothing of the arithmetic");
         assert_eq!(parts(&logged), None);
+    }
+
+    #[test]
+    fn a_rounding_after_equal_bits_is_seen_and_called_one() {
+        let first = |replayed: &[f64]| {
+            first_after_exact(&differences(&series(replayed), &series(&[1.0, 0.9, 0.8, 0.75]), 0.0)).copied()
+        };
+        let little = first(&[1.0, 0.9, 0.8, 0.7501]).expect("step 4 differs");
+        assert!(little.step == 4 && little.is_rounding());
+        assert!(!first(&[1.0, 0.9, 0.8, 0.7]).expect("step 4 differs").is_rounding());
+        assert_eq!(first(&[1.0, 0.9, 0.8, 0.75]), None);
+        assert_eq!(first(&[1.0, 0.9, 0.7, 0.75]), None, "two equal steps say nothing of the arithmetic");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::ops::RangeInclusive;
 
-use super::departure::distance;
+use super::departure::{Difference, differences};
 use super::height::Point;
 use super::investigate::Budget;
 use super::laboratory::{Laboratory, Subject};
@@ -28,6 +28,9 @@ const MOMENT_BITS: RangeInclusive<u32> = 23..=31;
 /// |ln| within which an injected flip gives the logged loss and gradient norm.
 const SAME_LOSS: f64 = 0.02;
 const SAME_NORM: f64 = 0.1;
+/// Further steps that a flip has to give where the first alone says little: a weight that only rounds to the same does
+/// not.
+const AFTER: u64 = 4;
 
 struct Search<'a, 'r> {
     subject: &'a Subject<'r>,
@@ -35,6 +38,8 @@ struct Search<'a, 'r> {
     near: &'a Start,
     /// First step whose logged values part from the replay.
     step: u64,
+    /// So little that only a flip which gives every bit of the log says anything.
+    little: bool,
     budget: &'a mut Budget,
 }
 
@@ -47,7 +52,7 @@ struct Element {
     distance: f64,
 }
 
-/// The flipped bit, proved or as far as it can be told.
+/// The flipped bit, proved or as far as it can be told. `little`: log and replay part by no more than a rounding may.
 ///
 /// # Errors
 /// Only Ctrl-C.
@@ -55,10 +60,10 @@ pub fn locate(
     subject: &Subject<'_>,
     lab: &mut dyn Laboratory,
     near: &Start,
-    step: u64,
+    (step, little): (u64, bool),
     budget: &mut Budget,
 ) -> Result<Fault> {
-    let mut search = Search { subject, lab, near, step, budget };
+    let mut search = Search { subject, lab, near, step, little, budget };
     match search.run() {
         Err(error) if error.kind == Kind::Interrupted => Err(error),
         Err(error) => Ok(search.transient(&format!("no checkpoint after it could be compared ({})", error.what))),
@@ -79,7 +84,7 @@ impl Search<'_, '_> {
         let logged = self.logged_together().rev();
         let before = logged.map(|step| Ok((step, self.lab.adapter(self.near, step - 1, &[])?)));
         let before: Vec<(u64, AdapterWeights)> = before.collect::<Result<_>>()?;
-        let elements = far_elements(&recorded, &replayed);
+        let elements = far_elements(&recorded, &replayed, !self.little);
         for element in &elements {
             for (step, before) in &before {
                 if let Some(fault) = self.adapter_bit(element, &recorded, &replayed, *step, before)? {
@@ -173,14 +178,16 @@ impl Search<'_, '_> {
         if !self.budget.allows(1) {
             return Ok(false);
         }
-        let trace = self.lab.replay(self.near, self.step, &[Intervention::FlipBit(flip.clone())])?;
+        let to = if self.little { (self.step + AFTER).min(self.subject.last_step()) } else { self.step };
+        let trace = self.lab.replay(self.near, to, &[Intervention::FlipBit(flip.clone())])?;
         self.budget.used += 1;
-        let logged = self.subject.points.iter().find(|p| p.step == self.step);
-        let replayed = trace.steps.iter().find(|r| r.step == self.step);
-        let (Some(logged), Some(replayed)) = (logged, replayed) else { return Ok(false) };
-        let norm = distance(replayed.grad_norm, logged.grad_norm);
-        Ok(distance(Point::comparable(replayed).loss, logged.loss) <= SAME_LOSS
-            && (logged.grad_norm.is_nan() || norm <= SAME_NORM))
+        let replayed: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
+        let together = differences(&replayed, &self.subject.points, self.subject.rounding());
+        if self.little {
+            return Ok(together.iter().all(Difference::is_none));
+        }
+        let at = together.iter().find(|d| d.step == self.step);
+        Ok(at.is_some_and(|d| d.loss <= SAME_LOSS && (d.grad_norm.is_nan() || d.grad_norm <= SAME_NORM)))
     }
 
     fn fault(&self, flip: &BitFlip, before: f32) -> Fault {
@@ -221,8 +228,8 @@ fn values<'w>(weights: &'w AdapterWeights, element: &Element) -> &'w [f32] {
 }
 
 /// Elements whose recorded value lies far outside what all others differ by, farthest first. A value that is not
-/// finite is farthest of all.
-fn far_elements(recorded: &AdapterWeights, replayed: &AdapterWeights) -> Vec<Element> {
+/// finite is farthest of all. `guess`: the farthest where none stands out.
+fn far_elements(recorded: &AdapterWeights, replayed: &AdapterWeights, guess: bool) -> Vec<Element> {
     let mut all: Vec<Element> = Vec::new();
     for (module, ours) in replayed.modules.iter().enumerate() {
         let Some(theirs) = recorded.modules.get(module).filter(|m| m.path == ours.path) else { continue };
@@ -239,7 +246,7 @@ fn far_elements(recorded: &AdapterWeights, replayed: &AdapterWeights) -> Vec<Ele
     let far = all.iter().take(ELEMENTS).filter(|e| e.distance > STANDS_OUT * usual || usual == 0.0);
     let mut chosen: Vec<Element> = far.cloned().collect();
     // After a moment's flip nothing stands out so clearly; the farthest is still the best guess.
-    if chosen.is_empty() {
+    if chosen.is_empty() && guess {
         chosen.extend(all.into_iter().take(1));
     }
     chosen

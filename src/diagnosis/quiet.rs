@@ -55,9 +55,9 @@ pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: 
             diagnosis.verdict.confidence = Confidence::Moderate;
             diagnosis.findings.push(not_replayed(&error));
         }
-        Ok(quiet) => {
-            if let Some(step) = quiet.parted {
-                hidden_fault(subject, lab, &quiet, step, budget, &mut diagnosis)?;
+        Ok(mut quiet) => {
+            if let Some(parted) = quiet.parted {
+                hidden_fault(subject, lab, &mut quiet, parted, budget, &mut diagnosis)?;
             }
             diagnosis.certificate = Some(quiet.certificate);
             baseline = quiet.steps;
@@ -72,8 +72,8 @@ pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: 
 struct Quiet {
     certificate: CertificateSummary,
     start: Start,
-    /// Where the replay parts after bits that were all equal: a fault too small for a spike.
-    parted: Option<u64>,
+    /// Where the replay parts after bits that were all equal: perhaps a fault too small for a spike.
+    parted: Option<departure::Difference>,
     steps: Vec<StepRecord>,
 }
 
@@ -87,7 +87,7 @@ fn certified(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budge
         let points: Vec<Point> = trace.steps.iter().map(Point::comparable).collect();
         let differences = departure::differences(&points, &subject.points, subject.rounding());
         let certificate = summary_of(subject, &differences, step_of(start) + 1);
-        let parted = departure::parts_exactly(&differences, last);
+        let parted = departure::first_after_exact(&differences).copied();
         Ok((differences, Quiet { certificate, start: start.clone(), parted, steps: trace.steps }))
     };
     let starts = subject.starts_before(last);
@@ -99,21 +99,29 @@ fn certified(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: &mut Budge
     Ok(if long.parted.is_some() || departure::is_exact(&differences) { long } else { short })
 }
 
-/// Says of a quiet log that `step` is not what its inputs give, and which bit flipped if one explains it.
+/// Says of a quiet log that a step is not what its inputs give, and which bit flipped if one explains it.
 fn hidden_fault(
     subject: &Subject<'_>,
     lab: &mut dyn Laboratory,
-    quiet: &Quiet,
-    step: u64,
+    quiet: &mut Quiet,
+    parted: departure::Difference,
     budget: &mut Budget,
     diagnosis: &mut Diagnosis,
 ) -> Result<()> {
-    let fault = hardware::locate(subject, lab, &quiet.start, step, budget)?;
+    let (step, little) = (parted.step, parted.is_rounding());
+    let fault = hardware::locate(subject, lab, &quiet.start, (step, little), budget)?;
+    if little && !fault.proved {
+        return Ok(());
+    }
+    // However little: every step before was equal.
+    let certificate = &mut quiet.certificate;
+    (certificate.verdict, certificate.departs_at) = ("departs".to_string(), Some(step));
+    (certificate.loss_max_rel, certificate.grad_norm_max_rel) = (0.0, 0.0);
     diagnosis.findings.push(Finding {
         code: "parts_exactly".into(),
         severity: "warning".into(),
         message: format!(
-            "Replay and log agree to the last bit up to step {} and part at step {step} by more than a rounding: {}.",
+            "Replay and log agree to the last bit up to step {} and part at step {step}: {}.",
             step - 1,
             fault.message
         ),

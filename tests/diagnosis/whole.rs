@@ -205,3 +205,17 @@ fn a_quiet_log_is_held_against_the_replay_and_a_fault_too_small_for_a_spike_is_t
     assert_eq!(faulty.verdict.cause, Cause::None);
     assert!(faulty.verdict.summary.contains("step 34"), "{}", faulty.verdict.summary);
 }
+
+/// Recorded: the flip moves the loss of its step by 3e-4.
+#[test]
+fn a_flip_that_moves_a_quiet_log_by_less_than_a_rounding_is_named_by_its_bits() {
+    let replayer = open("tests/fixtures/runs", "flip-in-a-quiet-log");
+    let diagnosis = diagnosed(&replayer, &mut ReplayLaboratory { replayer: &replayer });
+    assert!(diagnosis.spikes.is_empty());
+    assert_eq!(diagnosis.verdict.cause, Cause::Hardware, "{}", diagnosis.verdict.summary);
+    let fault = diagnosis.fault.expect("a fault");
+    assert_eq!((fault.step, fault.target.as_str(), fault.bit, fault.proved), (16, "lora_A", Some(26), true));
+    assert_eq!(diagnosis.certificate.expect("a certificate").departs_at, Some(16));
+    let fix = diagnosis.fix.expect("a fix");
+    assert!(fix.changes["resume_from_checkpoint"].as_str().is_some_and(|from| from.ends_with("checkpoint-8")));
+}
