@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 mod smollm2;
 
-use smollm2::{UNITS, adapter, compare, window, write_model};
+use smollm2::{UNITS, adapter, asked_for, compare, window, write_model};
 use spikeprobe::device::hooked::{Hook, Hooked};
 use spikeprobe::device::{Compute, DType, Device, cpu::CpuDevice, noise};
 use spikeprobe::model::{BaseModel, Engine, Gradients, PassOptions, PrecisionPlan};
@@ -52,7 +52,7 @@ fn steps() {
     let seeds = vec![1e-3; UNITS];
     let bf16 = PrecisionPlan { base: DType::BF16, autocast: Some(DType::BF16), ..PrecisionPlan::F32 };
     for (name, plan) in [("f32", PrecisionPlan::F32), ("bf16", bf16)] {
-        if !named(name) && (named("f32") || named("bf16")) {
+        if !asked_for(name, &["f32", "bf16"]) {
             continue;
         }
         let engine = |device: &Arc<dyn Device>| Engine::new(Arc::clone(device), Arc::clone(&base), plan);
@@ -69,16 +69,13 @@ fn steps() {
     assert!(wrong.is_empty(), "{:?}", wrong.first());
 }
 
-fn named(name: &str) -> bool {
-    std::env::args().any(|typed| typed == name)
-}
-
 /// `cargo bench --bench numerics -- [products|steps] [f32|bf16]`; without a name, all.
 fn main() {
-    if named("products") || !named("steps") {
+    let parts = ["products", "steps"];
+    if asked_for("products", &parts) {
         products();
     }
-    if named("steps") || !named("products") {
+    if asked_for("steps", &parts) {
         steps();
     }
 }

@@ -2,6 +2,7 @@
 //! vocabulary, random weights): eight micro-batches of one row of 91 tokens, rank 8 on every linear. All cores.
 //!
 //! What measuring everything costs, probes per site against probes off, is taken in turns.
+//! `cargo bench --bench step -- [fp32|bf16]`; without a name, both.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 mod smollm2;
 
-use smollm2::{UNITS, adapter, compare, window, write_model};
+use smollm2::{UNITS, adapter, asked_for, compare, window, write_model};
 use spikeprobe::device::{DType, Device, cpu::CpuDevice};
 use spikeprobe::model::{BaseModel, Engine, Gradients, PassOptions, PrecisionPlan};
 use spikeprobe::probe::Probes;
@@ -29,6 +30,9 @@ fn steps(c: &mut Criterion) {
     let seeds = vec![1e-3; UNITS];
     let bf16 = PrecisionPlan { base: DType::BF16, autocast: Some(DType::BF16), ..PrecisionPlan::F32 };
     for (name, plan) in [("fp32", PrecisionPlan::F32), ("bf16", bf16)] {
+        if !asked_for(name, &["fp32", "bf16"]) {
+            continue;
+        }
         let engine = Engine::new(Arc::clone(&device), Arc::clone(&base), plan).expect("an engine");
         let mut group = c.benchmark_group(format!("window of {} tokens, {name}", batch.tokens()));
         group.sample_size(10).measurement_time(Duration::from_secs(6)).warm_up_time(Duration::from_secs(1));

@@ -83,6 +83,12 @@ pub fn window(vocab: usize) -> Ragged {
     Ragged::build(rows.iter().map(|(ids, labels)| [Row { ids, labels, pack: None }]), vocab).expect("rows")
 }
 
+/// Whether `name` was typed on the command line, or nothing of `all` was.
+pub fn asked_for(name: &str, all: &[&str]) -> bool {
+    let typed = |name: &str| std::env::args().any(|argument| argument == name);
+    typed(name) || !all.iter().any(|name| typed(name))
+}
+
 /// Runs the two in turns, so that whatever else the machine does meets both, and prints the shortest time of each and
 /// what the second costs more: of the shortest (another process on the machine only ever adds time), and in the median
 /// of the turns.

@@ -162,7 +162,7 @@ pub(super) fn backward(
     let mlp = Mlp { h: &saved.middle, norm: &saved.middle_norm, gate: saved.gate, up: saved.up };
     let d_middle = mlp_backward(cx, layer, d_out, mlp, [lora_gate, lora_up, lora_down], sink)?;
 
-    let mut d_attention = InputGrad::wanted(true);
+    let mut d_attention = InputGrad::until(Projection::O);
     let d_o = cx.cast(&d_middle, cx.plan.linear())?;
     let x = Operand::new(cx, saved.attention.clone())?;
     linear::backward(cx, (layer, Projection::O), d_o, &x, lora_o, &mut d_attention, sink)?;
@@ -184,7 +184,7 @@ pub(super) fn backward(
     let (dq, dk) = rotate_backward(cx, layer, dq, dk, saved.heads.as_ref())?;
 
     let x = Operand::new(cx, cx.unmeasured(|| norm(cx, &saved.h, &cx.held.layers[layer].input_norm))?.0)?;
-    let mut dx = InputGrad::wanted(input_grad);
+    let mut dx = InputGrad::until(Projection::Q).wanted(input_grad);
     // Autograd runs the youngest operation first: v, k, q.
     linear::backward(cx, (layer, Projection::V), dv, &x, lora_v, &mut dx, sink)?;
     linear::backward(cx, (layer, Projection::K), dk, &x, lora_k, &mut dx, sink)?;
@@ -214,7 +214,7 @@ fn mlp_backward(
 ) -> Result<Tensor> {
     let Mlp { h, norm: r, gate, up } = mlp;
     let gated = Operand::new(cx, cx.unmeasured(|| cx.device.gate(&gate, &up))?)?;
-    let mut d_gated = InputGrad::wanted(true);
+    let mut d_gated = InputGrad::until(Projection::Down);
     let d_down = cx.cast(&d_out, cx.plan.linear())?;
     linear::backward(cx, (layer, Projection::Down), d_down, &gated, lora_down, &mut d_gated, sink)?;
     drop(gated);
@@ -224,7 +224,7 @@ fn mlp_backward(
     drop((gate, up, d_gated));
     let weight = &cx.held.layers[layer].post_norm;
     let x = Operand::new(cx, cx.unmeasured(|| norm(cx, h, weight))?.0)?;
-    let mut dx = InputGrad::wanted(true);
+    let mut dx = InputGrad::until(Projection::Gate);
     // up_proj was recorded after gate_proj, so its gradients arrive first.
     linear::backward(cx, (layer, Projection::Up), d_up, &x, lora_up, &mut dx, sink)?;
     linear::backward(cx, (layer, Projection::Gate), d_gate, &x, lora_gate, &mut dx, sink)?;

@@ -314,7 +314,7 @@ fn run_chunk(
         let layer = kept.len();
         let saved = match last {
             Kept::Saved(saved) => *saved,
-            Kept::Input(h) => block::forward(&silent, layer, &h)?.1,
+            Kept::Input(h) => silent.unmeasured(|| block::forward(&silent, layer, &h))?.1,
         };
         let mut sink = block::Sink { gradients: &mut *gradients, norms: &mut norms };
         // Nothing below the first block learns.

@@ -75,12 +75,18 @@ pub(super) fn forward(
 /// The gradient of an input that several linears share.
 pub(super) struct InputGrad {
     sum: Option<Tensor>,
+    /// The linear whose part makes it whole; sums before that are not observed.
+    last: Projection,
     wanted: bool,
 }
 
 impl InputGrad {
-    pub fn wanted(wanted: bool) -> Self {
-        Self { sum: None, wanted }
+    pub fn until(last: Projection) -> Self {
+        Self { sum: None, last, wanted: true }
+    }
+
+    pub fn wanted(self, wanted: bool) -> Self {
+        Self { wanted, ..self }
     }
 
     /// The gradient, if it is wanted and anything was added.
@@ -125,14 +131,18 @@ pub(super) fn backward(
         du.as_ref().zip(adapted).map(|(du, (_, lora))| LowRank { x: du, w: &lora.a, compute, dtype: branch });
     if let (Some(LowRank { x: du, w: a, .. }), Some((index, _)), true) = (term, adapted, cx.options.dropout.is_some()) {
         // The mask lies between the branch's product and the sum.
-        let d = cx.device.linear_input_grad(du, a, compute, branch)?;
-        let d = cx.dropout(&cx.cast(&d, cx.adapter.dtype)?, index)?;
-        dx.add(cx, &d, dtype)?;
+        cx.unmeasured(|| {
+            let d = cx.device.linear_input_grad(du, a, compute, branch)?;
+            let d = cx.dropout(&cx.cast(&d, cx.adapter.dtype)?, index)?;
+            dx.add(cx, &d, dtype)
+        })?;
         term = None;
     }
     let w = &cx.held.layers[layer].linears[projection as usize].w;
     let (compute, out) = (cx.plan.compute(), cx.plan.linear());
-    dx.sum = Some(cx.device.linear_input_grad_onto(dx.sum.take(), term.as_ref(), &dy, w, compute, out, dtype)?);
+    let so_far = dx.sum.take();
+    let add = || cx.device.linear_input_grad_onto(so_far, term.as_ref(), &dy, w, compute, out, dtype);
+    dx.sum = Some(if projection == dx.last { add() } else { cx.unmeasured(add) }?);
     Ok(())
 }
 

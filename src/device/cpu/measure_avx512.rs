@@ -19,26 +19,51 @@ struct Registers {
 #[target_feature(enable = "avx512f")]
 pub fn take<'a, const W: usize>(lanes: &mut Ordinary, rows: impl Rows<'a>, groups: usize) {
     let mut all = load(lanes);
-    let (sign, ones) = (_mm512_set1_epi32(0x7fff_ffff), _mm512_set1_epi32(-1));
+    let ones = _mm512_set1_epi32(-1);
     for group in 0..groups {
-        let (mut squares, mut sum) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-        for i in 0..RUN / W {
-            for chunk in rows.row(group * (RUN / W) + i).as_chunks::<16>().0 {
-                // SAFETY: sixteen elements.
-                let x = unsafe { _mm512_loadu_ps(chunk.as_ptr()) };
-                let magnitude = _mm512_and_si512(_mm512_castps_si512(x), sign);
-                all.largest = _mm512_max_epu32(all.largest, magnitude);
-                all.smallest = _mm512_min_epu32(all.smallest, _mm512_add_epi32(magnitude, ones));
-                let zero = _mm512_testn_epi32_mask(magnitude, magnitude);
-                all.zero = _mm512_mask_sub_epi32(all.zero, zero, all.zero, ones);
-                squares = _mm512_fmadd_ps(x, x, squares);
-                sum = _mm512_add_ps(sum, x);
-            }
-        }
+        let (mut squares, mut sum, mut smallest) = (_mm512_setzero_ps(), _mm512_setzero_ps(), ones);
+        each::<W>(rows, group, |x| {
+            let magnitude = magnitude(x);
+            all.largest = _mm512_max_epu32(all.largest, magnitude);
+            smallest = _mm512_min_epu32(smallest, magnitude);
+            squares = _mm512_fmadd_ps(x, x, squares);
+            sum = _mm512_add_ps(sum, x);
+        });
         join(&mut all.squares, squares);
         join(&mut all.sum, sum);
+        if _mm512_testn_epi32_mask(smallest, smallest) == 0 {
+            all.smallest = _mm512_min_epu32(all.smallest, _mm512_add_epi32(smallest, ones));
+            continue;
+        }
+        // Few groups have zeros: counting them in every one would take a quarter of the pass.
+        each::<W>(rows, group, |x| {
+            let magnitude = magnitude(x);
+            all.smallest = _mm512_min_epu32(all.smallest, _mm512_add_epi32(magnitude, ones));
+            let zero = _mm512_testn_epi32_mask(magnitude, magnitude);
+            all.zero = _mm512_mask_sub_epi32(all.zero, zero, all.zero, ones);
+        });
     }
     store(&all, lanes);
+}
+
+/// Shows `f` a group's elements, which lie in rows of W.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn each<'a, const W: usize>(rows: impl Rows<'a>, group: usize, mut f: impl FnMut(__m512)) {
+    for i in 0..RUN / W {
+        let row = rows.row(group * (RUN / W) + i);
+        assert!(row.len() == W, "a row of {} in a group", row.len());
+        for chunk in row.as_chunks::<16>().0 {
+            // SAFETY: sixteen elements.
+            f(unsafe { _mm512_loadu_ps(chunk.as_ptr()) });
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn magnitude(x: __m512) -> __m512i {
+    _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff))
 }
 
 #[inline]

@@ -1,0 +1,103 @@
+//! One task of a product: packs its columns of B, runs the tiles over the whole depth, and measures what is written
+//! whole while it is in the cache.
+
+use std::ops::Range;
+
+use super::finish::Finish;
+use super::kernel::{Scratch, Tile};
+use super::plan::{Plan, Term};
+use super::{Buffer, PANELS, pack};
+use crate::device::cpu::threads::Shared;
+
+/// Columns of B packed at a time; with a part of the depth at most half of a second-level cache.
+const COLUMNS: usize = 256;
+
+/// Rows × columns of C, which starts at `start` of its slice, over the whole depth.
+pub struct Task<'a> {
+    pub plan: &'a Plan<'a>,
+    /// All rows of A.
+    pub a: &'a [u32],
+    pub term: Option<&'a Term<'a>>,
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+    pub c: &'a Shared<'a>,
+    pub start: usize,
+}
+
+/// Columns of B that are packed: those of a part of the depth, and those of the low-rank term.
+struct Packed<'p> {
+    lanes: Range<usize>,
+    b: &'p [u32],
+    term: &'p [u32],
+}
+
+impl Task<'_> {
+    pub fn run(&self) {
+        let (plan, kernel) = (self.plan, self.plan.kernel);
+        let most = plan.parts().map(|part| part.len()).max().unwrap_or(0);
+        let width = COLUMNS.min(self.columns.len().next_multiple_of(kernel.columns));
+        let mut b = Buffer::unset(width * most);
+        let mut term = Buffer::unset(width * self.term.map_or(0, Term::units));
+        let b: &mut [u32] = bytemuck::cast_slice_mut(&mut b);
+        let term: &mut [u32] = bytemuck::cast_slice_mut(&mut term);
+        let mut scratch = Scratch::new();
+        for first in self.columns.clone().step_by(COLUMNS) {
+            let lanes = first..(first + COLUMNS).min(self.columns.end);
+            if let Some(of) = self.term {
+                of.pack_columns(lanes.clone(), term);
+            }
+            for part in plan.parts() {
+                let elements = part.start * kernel.per_unit..(part.end * kernel.per_unit).min(plan.product.k);
+                let out = &mut b[..lanes.len().next_multiple_of(kernel.columns) * part.len()];
+                pack::pack(plan.b, lanes.clone(), elements, kernel.columns, kernel, out);
+                self.part(part, &Packed { lanes: lanes.clone(), b: out, term }, &mut scratch);
+            }
+        }
+    }
+
+    /// Adds a part of the depth to the task's rows.
+    fn part(&self, part: Range<usize>, packed: &Packed<'_>, scratch: &mut Scratch) {
+        let panel = self.plan.kernel.rows;
+        for row in self.rows.clone().step_by(panel) {
+            self.panel(row, &part, packed, scratch);
+            let end = (row + panel).min(self.rows.end);
+            if let Some(cells) = self.plan.product.cells
+                && part.end == self.plan.depth
+                && (end == self.rows.end || end.is_multiple_of(panel * PANELS))
+            {
+                cells.measure(end, packed.lanes.clone(), |rows, columns| self.tile(rows, columns));
+            }
+        }
+    }
+
+    /// The same for one panel of rows, from `row` on.
+    fn panel(&self, row: usize, part: &Range<usize>, packed: &Packed<'_>, scratch: &mut Scratch) {
+        let (plan, kernel) = (self.plan, self.plan.kernel);
+        let units = part.len();
+        let a = &self.a[row * plan.depth + part.start * kernel.rows..][..units * kernel.rows];
+        let rows = row..(row + kernel.rows).min(self.rows.end);
+        let finishes = part.end == plan.depth && plan.finishes();
+        for (panel, column) in packed.lanes.clone().step_by(kernel.columns).enumerate() {
+            let columns = column..(column + kernel.columns).min(packed.lanes.end);
+            let finish = Finish {
+                bias: plan.product.bias.map(|bias| &bias[columns.clone()]),
+                out: plan.product.out,
+                then: &plan.product.then,
+                term: self.term.map(|term| {
+                    let (units, all) = (term.units(), bytemuck::cast_slice(&term.a));
+                    let b = &packed.term[panel * kernel.columns * units..][..kernel.columns * units];
+                    (&term.kernel, &all[row * units..][..units * kernel.rows], b)
+                }),
+            };
+            let b = &packed.b[panel * kernel.columns * units..][..kernel.columns * units];
+            let tile = self.tile(rows.clone(), columns);
+            kernel.tile((a, b), &tile, part.start > 0, finishes.then_some(&finish), scratch);
+        }
+    }
+
+    fn tile(&self, rows: Range<usize>, columns: Range<usize>) -> Tile<'_> {
+        let strides = self.plan.strides;
+        let at = self.start + rows.start * strides.0 + columns.start * strides.1;
+        Tile { c: self.c, at, strides, rows: rows.len(), columns: columns.len() }
+    }
+}
