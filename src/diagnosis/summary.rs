@@ -76,7 +76,7 @@ fn fault(evidence: &Evidence) -> String {
     let step = evidence.step;
     match &evidence.fault {
         Some(fault) if fault.proved => format!(
-            "A bit flipped before step {step}: {}. Injected into the replay, it gives the logged numbers. Check the \
+            "A bit flipped: {}. Injected into the replay, it gives the logged numbers. Check the \
              device's memory (ECC) and resume from the checkpoint before it.",
             fault.message
         ),
