@@ -311,7 +311,7 @@ fn optimizer_state_is_in_registration_order_and_bit_exact() {
 #[test]
 fn the_small_files_of_a_checkpoint_are_read() {
     let checkpoint = checkpoint(2);
-    let generator = checkpoint.generator(0).unwrap().unwrap();
+    let generator = checkpoint.generator(0, 1).unwrap().unwrap();
     assert_eq!((generator.seed, generator.state.len(), generator.on_gpu), (42, 624, false));
     let scheduler = checkpoint.scheduler().unwrap();
     assert_eq!((scheduler.last_epoch, scheduler.base_lrs[0]), (2, 0.01));
@@ -349,7 +349,7 @@ fn every_truncation_of_a_checkpoint_file_is_an_error_that_names_it() {
                 "adapter_model.safetensors" => broken.adapter().map(drop),
                 "optimizer.pt" => broken.optimizer(&adapter).map(drop),
                 "scheduler.pt" => broken.scheduler().map(drop),
-                "rng_state.pth" => broken.generator(0).map(drop),
+                "rng_state.pth" => broken.generator(0, 1).map(drop),
                 _ => broken.trainer_state().map(drop),
             };
             let text = error.expect_err(name).to_string();

@@ -27,7 +27,7 @@ pub(super) fn at_start(scene: &Scene, segment: &Segment, checkpoint: Option<&Che
     }
     (0..config.world_size)
         .map(|rank| {
-            let kept = checkpoint.map(|c| c.generator(rank)).transpose()?.flatten();
+            let kept = checkpoint.map(|c| c.generator(rank, config.world_size)).transpose()?.flatten();
             let resumed = kept.and_then(|file| Mt19937::resumed(&file.state, file.next));
             resumed.map_or_else(|| seeded(scene, segment, checkpoint.is_some()), Ok)
         })

@@ -313,7 +313,8 @@ impl Replayer {
         let resumed = run.attempts.iter().filter_map(|a| a.config.resume_from_checkpoint.as_ref()).map(|p| run.path(p));
         let folders = run.checkpoints.iter().map(|c| c.dir.clone()).chain(continued).chain(resumed);
         for folder in folders {
-            for name in STATE_FILES {
+            let generators = (0..run.config.world_size).map(|rank| format!("rng_state_{rank}.pth"));
+            for name in STATE_FILES.into_iter().map(str::to_owned).chain(generators) {
                 let path = folder.join(name);
                 if let Ok(mut file) = std::fs::File::open(&path) {
                     hash.update(format!("{}", path.display()));

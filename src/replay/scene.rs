@@ -117,7 +117,8 @@ impl Scene {
     /// tells (contract 10).
     pub fn draws_torch_masks(&self) -> bool {
         // A file that cannot be read says nothing; whoever starts from it hears why.
-        let kept = || self.run.checkpoints.iter().find_map(|checkpoint| checkpoint.generator(0).ok().flatten());
+        let world = self.run.config.world_size;
+        let kept = || self.run.checkpoints.iter().find_map(|checkpoint| checkpoint.generator(0, world).ok().flatten());
         self.run.config.use_cpu || kept().is_some_and(|file| !file.on_gpu)
     }
 

@@ -131,7 +131,8 @@ pub(super) fn resume(
 ) -> Result<TrainState> {
     let step = state.step;
     let checkpoint = scene.run.checkpoint(step).ok();
-    if let Some(checkpoint) = checkpoint.filter(|c| !keep && c.generator(0).is_ok_and(|file| file.is_none())) {
+    let world = segment.config.world_size;
+    if let Some(checkpoint) = checkpoint.filter(|c| !keep && c.generator(0, world).is_ok_and(|file| file.is_none())) {
         state.generators = generators::at_start(scene, segment, Some(checkpoint))?;
     }
     let lost = checkpoint.is_some_and(|c| !(c.has_optimizer && c.has_scheduler));

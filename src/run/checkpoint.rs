@@ -92,15 +92,15 @@ impl Checkpoint {
         ScalerFile::read(&self.need("scaler.pt")?)
     }
 
-    /// torch's CPU generator in the process of `rank`; `None`: the checkpoint does not hold it (save_only_model).
+    /// torch's CPU generator as process `rank` of `world` loads it; `None`: the checkpoint does not hold it
+    /// (save_only_model, or written by another number of processes).
     ///
     /// # Errors
     /// See [`GeneratorFile::read`].
-    pub fn generator(&self, rank: usize) -> Result<Option<GeneratorFile>> {
-        // Trainer._save_rng_state: without a number where there is one process.
-        let names = [format!("rng_state_{rank}.pth"), "rng_state.pth".to_owned()];
-        let path = names.iter().map(|name| self.dir.join(name)).find(|path| path.is_file());
-        path.map(|path| GeneratorFile::read(&path)).transpose()
+    pub fn generator(&self, rank: usize, world: usize) -> Result<Option<GeneratorFile>> {
+        // Trainer._load_rng_state.
+        let path = self.dir.join(if world > 1 { format!("rng_state_{rank}.pth") } else { "rng_state.pth".to_owned() });
+        path.is_file().then(|| GeneratorFile::read(&path)).transpose()
     }
 
     /// # Errors

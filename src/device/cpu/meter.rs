@@ -206,9 +206,11 @@ impl Cells {
         }
     }
 
-    pub(super) fn finish(self) -> Measured {
+    /// `None` if a cell was left out: the tensor is then measured as any other.
+    pub(super) fn finish(self) -> Option<Measured> {
         let tiles = self.cells.len() / self.runs.len().max(1);
-        let cells = self.cells.iter().enumerate();
-        self.meter.measured(cells.filter_map(|(i, cell)| Some((self.runs[i / tiles].0, cell.get()?))))
+        let cells = self.cells.iter().map(OnceLock::get).collect::<Option<Vec<&Statistics>>>()?;
+        let cells = cells.into_iter().enumerate();
+        Some(self.meter.measured(cells.map(|(i, cell)| (self.runs[i / tiles].0, cell))))
     }
 }

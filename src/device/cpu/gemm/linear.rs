@@ -35,7 +35,7 @@ impl CpuDevice {
         let (a, b) = (by_rows(x)?, by_rows(w)?);
         let cells = self.cells(compute, (m, n), out);
         self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then, cells: cells.as_ref() }, &mut y);
-        cells.into_iter().for_each(|cells| y.keep(cells.finish()));
+        cells.and_then(Cells::finish).into_iter().for_each(|measured| y.keep(measured));
         Ok(tensor(y, vec![m, n], out))
     }
 
@@ -72,7 +72,7 @@ impl CpuDevice {
         let dtype = sum.map_or(out, |(.., dtype)| dtype);
         let cells = self.cells(compute, (m, n), dtype);
         self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
-        cells.into_iter().for_each(|cells| dx.keep(cells.finish()));
+        cells.and_then(Cells::finish).into_iter().for_each(|measured| dx.keep(measured));
         Ok(tensor(dx, vec![m, n], dtype))
     }
 
