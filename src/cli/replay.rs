@@ -122,10 +122,7 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     if cut.is_none() {
         // A log that is met to the last bit was made with these masks; otherwise each sibling draws its own.
         let masks_known = certified(&[]).exact_to.is_some();
-        match args.perturbed(&replayer, to, (&interventions, masks_known), &mut perturbed) {
-            Err(e) => cut = Some(e),
-            Ok(()) => {}
-        }
+        cut = args.perturbed(&replayer, to, (&interventions, masks_known), &mut perturbed).err();
     }
     let traced = recorder.finish();
     let certificate = certified(&perturbed);
