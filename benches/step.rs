@@ -18,7 +18,7 @@ use spikeprobe::probe::Probes;
 
 /// All of its layers: the share of lm_head in a step, and in what is measured, is the real one.
 const LAYERS: usize = 30;
-const TURNS: usize = 20;
+const TURNS: usize = 50;
 
 fn steps(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a folder");
