@@ -18,8 +18,12 @@ fn probes(c: &mut Criterion) {
     let small: Vec<f32> = values.iter().map(|x| x * 1e-7).collect();
     let mut group = c.benchmark_group(format!("one activation {TOKENS}x{COLUMNS}"));
     group.throughput(Throughput::Bytes((TOKENS * COLUMNS * 4) as u64));
-    for (name, values, range) in [("ordinary", &values, DType::BF16), ("underflowing", &small, DType::F16)] {
-        let x = device.upload(values, &[TOKENS, COLUMNS], DType::F32).expect("upload");
+    for (name, values, dtype, range) in [
+        ("ordinary", &values, DType::F32, DType::F32),
+        ("bf16", &values, DType::BF16, DType::BF16),
+        ("underflowing", &small, DType::F32, DType::F16),
+    ] {
+        let x = device.upload(values, &[TOKENS, COLUMNS], dtype).expect("upload");
         group.bench_function(format!("statistics, {name}"), |b| {
             b.iter(|| black_box(device.statistics(&x, &units, range)));
         });

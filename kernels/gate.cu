@@ -55,7 +55,7 @@ extern "C" __global__ void gate_grad_measured(void* d_gate, void* d_up, const vo
     Tally of_gate = empty_tally(), of_up = empty_tally();
     u32 i = threadIdx.x;
     for (; (u64)i + 7 * blockDim.x < run.count; i += 8 * blockDim.x) {
-        Eight a = {0.0f, 0.0f, 0.0f, INFINITY, 0, 0}, b = a;
+        Eight a = {0.0f, 0.0f, INFINITY, 0, 0}, b = a;
         u64 first = run.begin + i;
 #pragma unroll 1
         for (u32 k = 0; k < 8; k++) {

@@ -3,11 +3,10 @@
 //
 // A run is a stretch of elements of one unit, one block's work, and gives one Partial; statistics_combine adds up a unit's.
 // Counts are exact. A thread takes eight elements at a time: where all eight are ordinary (finite, non-zero, between 2^-40
-// and 2^40, below overflow) their sum and the sum of their squares are added in f32, and those eight-sums are kept as f32
-// pairs (sum and its rounding error, TwoSum) up to the block's total: Σ and Σx² are off by at most 7 roundings, 4.2e-7, of
-// Σ|x| and Σx². Any other eight are counted one by one, squares in three ranges scaled by powers of two, so that neither
-// 1e-30 nor 1e30 leaves f32's range. No f64 but one conversion a block: it runs at 1/64 rate on consumer cards.
-// About 11 flops an element where all eight are ordinary, 40 where not.
+// and 2^40, below overflow) their squares are added in f32, and those eight-sums are kept as f32 pairs (sum and its
+// rounding error, TwoSum) up to the block's total: Σx² is off by at most 8 roundings, 4.8e-7 of it. Any other eight are
+// counted one by one, squares in three ranges scaled by powers of two, so that neither 1e-30 nor 1e30 leaves f32's range. No f64 but one conversion a block: it runs at 1/64 rate on consumer cards.
+// About 10 flops an element where all eight are ordinary, 30 where not.
 // Launch of a measured kernel: one block a run, `*_measured` with at most 256 threads, a power of two.
 #pragma once
 #include "common.cuh"
@@ -20,7 +19,7 @@ struct Run {
 
 // The order of src/device/cuda/measure.rs.
 struct Partial {
-    double sum_squares, sum;
+    double sum_squares;
     u64 nan, pos_inf, neg_inf, zero, subnormal, underflow, overflow;
     float max_abs, min_abs;  // min_abs: infinity when there is no non-zero finite element
 };
@@ -33,7 +32,7 @@ struct Limits {
 
 // One thread's, and in shared memory the block's.
 struct Tally {
-    Pair sum, large_sum, small, middle, large;
+    Pair small, middle, large;
     u32 nan, pos_inf, neg_inf, zero, subnormal, underflow, overflow;
     float max_abs, min_abs;
 };
@@ -55,12 +54,6 @@ __device__ __forceinline__ void count(Tally& t, float x, const Limits& limits) {
     t.overflow += magnitude >= limits.rounds_to_inf;
     t.max_abs = fmaxf(t.max_abs, magnitude);
     t.min_abs = fminf(t.min_abs, magnitude);
-    // Thousands of the largest float would overflow a plain sum.
-    if (magnitude < 0x1p100f) {
-        pair_add(t.sum, x);
-    } else {
-        pair_add(t.large_sum, x * 0x1p-40f);
-    }
     if (magnitude < 0x1p-40f) {
         pair_add_square(t.small, x * 0x1p90f);
     } else if (magnitude < 0x1p40f) {
@@ -72,7 +65,7 @@ __device__ __forceinline__ void count(Tally& t, float x, const Limits& limits) {
 
 
 __device__ __forceinline__ Tally empty_tally() {
-    Tally t = {{0, 0}, {0, 0}, {0, 0}, {0, 0}, {0, 0}, 0, 0, 0, 0, 0, 0, 0, 0.0f, INFINITY};
+    Tally t = {{0, 0}, {0, 0}, {0, 0}, 0, 0, 0, 0, 0, 0, 0, 0.0f, INFINITY};
     return t;
 }
 
@@ -82,8 +75,6 @@ __device__ __forceinline__ void pair_merge(Pair& total, const Pair& other) {
 }
 
 __device__ __forceinline__ void merge(Tally& a, const Tally& b) {
-    pair_merge(a.sum, b.sum);
-    pair_merge(a.large_sum, b.large_sum);
     pair_merge(a.small, b.small);
     pair_merge(a.middle, b.middle);
     pair_merge(a.large, b.large);
@@ -112,7 +103,6 @@ __device__ __forceinline__ void finish(Partial* partial, const Tally& mine) {
     const Tally& t = thread_tallies[0];
     Partial p;
     p.sum_squares = pair_value(t.small) * 0x1p-180 + pair_value(t.middle) + pair_value(t.large) * 0x1p160;
-    p.sum = pair_value(t.sum) + pair_value(t.large_sum) * 0x1p40;
     p.nan = t.nan;
     p.pos_inf = t.pos_inf;
     p.neg_inf = t.neg_inf;
@@ -127,13 +117,12 @@ __device__ __forceinline__ void finish(Partial* partial, const Tally& mine) {
 
 // Eight elements in f32; see the top.
 struct Eight {
-    float sum, squares, most, least;
+    float squares, most, least;
     u32 subnormal, underflow;
 };
 
 __device__ __forceinline__ void add_to(Eight& e, float x, const Limits& limits) {
     float magnitude = fabsf(x);
-    e.sum += x;
     e.squares = fmaf(x, x, e.squares);
     e.most = fmaxf(e.most, magnitude);
     e.least = fminf(e.least, magnitude);
@@ -144,10 +133,9 @@ __device__ __forceinline__ void add_to(Eight& e, float x, const Limits& limits) 
     }
 }
 
-// Whether all eight were ordinary and are tallied. fmaxf and fminf lose a NaN, the sum does not.
+// Whether all eight were ordinary and are tallied. fmaxf and fminf lose a NaN, the squares do not.
 __device__ __forceinline__ bool tallied(Tally& t, const Eight& e, const Limits& limits) {
-    if (!(e.least > 0x1p-40f && e.most < 0x1p40f && e.most < limits.rounds_to_inf && e.sum == e.sum)) return false;
-    pair_add(t.sum, e.sum);
+    if (!(e.least > 0x1p-40f && e.most < 0x1p40f && e.most < limits.rounds_to_inf && e.squares == e.squares)) return false;
     pair_add(t.middle, e.squares);
     t.max_abs = fmaxf(t.max_abs, e.most);
     t.min_abs = fminf(t.min_abs, e.least);
@@ -163,7 +151,7 @@ __device__ __forceinline__ void tally_run(Tally& t, const void* out, int tag, u6
                                           const Limits& limits, const Make& make) {
     u32 i = threadIdx.x;
     for (; (u64)i + 7 * blockDim.x < count_of_run; i += 8 * blockDim.x) {
-        Eight e = {0.0f, 0.0f, 0.0f, INFINITY, 0, 0};
+        Eight e = {0.0f, 0.0f, INFINITY, 0, 0};
 #pragma unroll 1
         for (u32 k = 0; k < 8; k++) add_to(e, make(begin + i + k * blockDim.x), limits);
         if (tallied(t, e, limits)) continue;

@@ -99,6 +99,11 @@ impl Error {
         self.next = Some(next.into());
         self
     }
+    /// [`Error::next`] from a layer that knows less: what an inner one said stays.
+    #[must_use]
+    pub fn or_next(self, next: &str) -> Self {
+        if self.next.is_some() { self } else { self.next(next) }
+    }
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Usage => 2,

@@ -4,7 +4,7 @@
 
 use std::fs::Permissions;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::Kind;
 use crate::{Error, Result};
@@ -35,17 +35,48 @@ pub fn complain(text: &str) {
 /// # Errors
 /// [`crate::error::Kind::Output`] naming the file; errors of `fill` as they are.
 pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-    const REMEDY: &str = "check free space and permissions of the folder";
-    let failed = |what: &str, e: std::io::Error| Error::output(format!("{what}: {e}")).at_path(path).next(REMEDY);
+    let failed = |what: &str, e: std::io::Error| failed(path, what, e);
     let placed = |e: Error| {
         let e = if e.place.is_none() { e.at_path(path) } else { e };
-        if e.kind == Kind::Output && e.next.is_none() { e.next(REMEDY) } else { e }
+        if e.kind == Kind::Output { e.or_next(REMEDY) } else { e }
     };
-    if std::fs::metadata(path).is_ok_and(|about| !about.is_file() && !about.is_dir()) {
+    if is_device(path) {
         let mut device = std::fs::OpenOptions::new().write(true).open(path).map_err(|e| failed("cannot open", e))?;
         let mut whole = Vec::new();
         fill(&mut whole).map_err(placed)?;
         return device.write_all(&whole).map_err(|e| failed("cannot write", e));
+    }
+    let (file, target) = temporary(path)?;
+    let mut buffered = std::io::BufWriter::new(file);
+    fill(&mut buffered).map_err(placed)?;
+    let file = buffered.into_inner().map_err(|e| failed("cannot write", e.into_error()))?;
+    file.as_file().sync_all().map_err(|e| failed("cannot write", e))?;
+    file.persist(&target).map_err(|e| failed("cannot put in place", e.error))?;
+    Ok(())
+}
+
+const REMEDY: &str = "check free space and permissions of the folder";
+
+fn failed(path: &Path, what: &str, e: std::io::Error) -> Error {
+    Error::output(format!("{what}: {e}")).at_path(path).next(REMEDY)
+}
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|about| !about.is_file() && !about.is_dir())
+}
+
+/// Fails now where [`write_text`] would fail after the work: no such folder, no permission, a folder of that name.
+///
+/// # Errors
+/// As [`write_file`].
+pub fn check(path: &Path) -> Result<()> {
+    if path.as_os_str() == "-" || is_device(path) { Ok(()) } else { temporary(path).map(drop) }
+}
+
+/// A new file beside `path`, and the file that it is to replace.
+fn temporary(path: &Path) -> Result<(tempfile::NamedTempFile, PathBuf)> {
+    if path.is_dir() {
+        return Err(Error::output("is a folder").at_path(path).next("give the name of a file"));
     }
     // What a link points to is replaced, not the link; a link to nothing yet is one like any new file.
     let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -53,6 +84,9 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    if !folder.is_dir() {
+        return Err(Error::output("its folder does not exist").at_path(path).next("make the folder first"));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".spikeprobe-");
     #[cfg(unix)]
@@ -61,13 +95,8 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) 
         // What File::create asks for; the process's umask applies. tempfile's own default is private (0600).
         builder.permissions(Permissions::from_mode(0o666));
     }
-    let file = builder.tempfile_in(folder).map_err(|e| failed("cannot create", e))?;
-    let mut buffered = std::io::BufWriter::new(file);
-    fill(&mut buffered).map_err(placed)?;
-    let file = buffered.into_inner().map_err(|e| failed("cannot write", e.into_error()))?;
-    file.as_file().sync_all().map_err(|e| failed("cannot write", e))?;
-    file.persist(&target).map_err(|e| failed("cannot put in place", e.error))?;
-    Ok(())
+    let file = builder.tempfile_in(folder).map_err(|e| failed(path, "cannot create", e))?;
+    Ok((file, target))
 }
 
 /// [`write_file`] for bytes at hand; `-` is standard output.

@@ -118,6 +118,122 @@ fn results_that_cannot_be_written_leave_nothing_behind() {
 }
 
 #[test]
+fn results_that_cannot_be_written_are_refused_before_the_work() {
+    let folder = tempfile::tempdir().expect("folder");
+    let place = folder.path().to_str().expect("path");
+    let lost = folder.path().join("missing/x.html");
+    // Nothing is replayed first: these runs do not exist.
+    for (command, option, path) in [
+        ("replay", "--json", place),
+        ("replay", "--trace", place),
+        ("diagnose", "--html", lost.to_str().expect("path")),
+        ("diagnose", "--fix", place),
+        ("eval", "--html", place),
+        ("bench", "--html", place),
+        ("inspect", "--json", place),
+        ("preflight", "--json", place),
+    ] {
+        let done = output(&[command, "no/such/run", option, path]);
+        let said = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{command}: {said}");
+        assert!(said.contains(path) && said.contains("try:") && !said.contains("no/such/run"), "{command}: {said}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).expect("list").count(), 0);
+}
+
+#[test]
+fn values_that_no_clock_and_no_machine_has_are_wrong_usage() {
+    for arguments in [
+        ["diagnose", RUN, "--seconds", "nan"],
+        ["diagnose", RUN, "--seconds", "1e30"],
+        ["replay", RUN, "--threads", "60000"],
+        ["replay", RUN, "--set", "=1"],
+    ] {
+        let done = output(&arguments);
+        assert_eq!(done.status.code(), Some(2), "{arguments:?}: {}", text(&done.stderr));
+        assert!(!text(&done.stderr).contains("panicked"), "{}", text(&done.stderr));
+    }
+}
+
+/// The demonstration's run with its files in `folder`, its root.
+fn copied(folder: &Path) -> std::path::PathBuf {
+    for file in spikeprobe::cli::demo::FILES {
+        let path = folder.join(file.path);
+        std::fs::create_dir_all(path.parent().expect("parent")).expect("folder");
+        std::fs::write(path, file.content).expect("file");
+    }
+    folder.join(spikeprobe::cli::demo::RUN)
+}
+
+fn output_in(root: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spikeprobe"));
+    command.current_dir(root).args(["--device", "cpu", "--no-cache"]).args(arguments).output().expect("the program")
+}
+
+#[test]
+fn what_was_left_out_of_the_log_is_said_and_a_log_without_a_loss_is_no_quiet_log() {
+    let folder = tempfile::tempdir().expect("folder");
+    let run = copied(folder.path());
+    let log = run.join("out/trainer_log.jsonl");
+    let mut lines = std::fs::read_to_string(&log).expect("log");
+    lines.push_str("{\"current_steps\": 25, \"los");
+    std::fs::write(&log, lines).expect("log");
+    std::fs::write(run.join("out/trainer_state.json"), "{").expect("state");
+    let said = text(&output_in(folder.path(), &["replay", run.to_str().expect("path"), "--to", "1"]).stderr);
+    assert!(said.contains("out/trainer_log.jsonl:") && said.contains("trainer_state.json"), "{said}");
+
+    std::fs::remove_dir_all(run.join("out")).expect("removed");
+    let done = output_in(folder.path(), &["diagnose", run.to_str().expect("path"), "--json", "-"]);
+    let value: Value = serde_json::from_slice(&done.stdout).expect("JSON");
+    assert_eq!(value["verdict"]["cause"], "undetermined");
+    assert!(value["verdict"]["summary"].as_str().is_some_and(|s| s.contains("no log") && s.contains("output_dir")));
+
+    // A folder of the log's name is not a run without a log.
+    std::fs::create_dir_all(&log).expect("folder");
+    let done = output_in(folder.path(), &["diagnose", run.to_str().expect("path")]);
+    let said = text(&done.stderr);
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    assert!(said.contains("trainer_log.jsonl") && said.contains("try:"), "{said}");
+}
+
+#[test]
+fn a_damaged_checkpoint_leaves_the_evaluations_before_it() {
+    let folder = tempfile::tempdir().expect("folder");
+    let run = copied(folder.path());
+    let later = run.join("out/checkpoint-4");
+    std::fs::create_dir(&later).expect("folder");
+    // The trainer was killed while it saved: what the damaged one is not needed for goes on.
+    std::fs::write(later.join("adapter_model.safetensors"), "half").expect("file");
+    let replay = output_in(folder.path(), &["replay", run.to_str().expect("path"), "--to", "1", "-v"]);
+    let said = text(&replay.stderr);
+    assert!(replay.status.success() && said.contains("checkpoint-4 is damaged"), "{said}");
+    let arguments = ["eval", run.to_str().expect("path"), "--set", "eval_dataset=train", "--json", "-"];
+    let done = output_in(folder.path(), &arguments);
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("checkpoint-4"), "{}", text(&done.stderr));
+    let value: Value = serde_json::from_slice(&done.stdout).expect("JSON");
+    assert_eq!((&value["interrupted"], &value["sets"][0]["evaluations"][0]["step"]), (&true.into(), &2.into()));
+}
+
+#[test]
+fn a_cell_that_fails_leaves_the_cells_before_it() {
+    let folder = tempfile::tempdir().expect("folder");
+    let out = folder.path().join("sweep");
+    let arguments = ["sweep", RUN, "--grid", "rank=8,4000000", "--steps", "1", "--jobs", "1", "--json", "-"];
+    let done = program().args(arguments).args(["--out", out.to_str().expect("path")]).output().expect("the program");
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("lora_rank") && text(&done.stderr).contains("try:"), "{}", text(&done.stderr));
+    let value: Value = serde_json::from_slice(&done.stdout).expect("JSON");
+    assert_eq!((&value["missing"], &value["cells"][0]["outcome"]["steps"]), (&1.into(), &1.into()));
+}
+
+#[test]
+fn a_spike_that_was_asked_for_and_is_not_there_is_said() {
+    let said = text(&output(&["diagnose", RUN, "--no-cache", "--windows", "0", "--spike", "999"]).stderr);
+    assert!(said.contains("no spike at step 999") && said.contains("step 3"), "{said}");
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn a_full_disk_is_named_and_a_device_stays_a_device() {
     use std::os::unix::fs::FileTypeExt;

@@ -388,6 +388,29 @@ fn older_factories_load_the_base_in_the_compute_dtype() {
     }
 }
 
+#[test]
+fn a_short_pickle_that_stands_for_more_values_than_memory_holds_is_cut() {
+    // Six lists, each with a thousand references to the one before: 10^18 values.
+    let mut bytes = b"\x80\x02]q\x00".to_vec();
+    for level in 1..=6u8 {
+        bytes.extend([b']', b'q', level, b'(']);
+        (0..1000).for_each(|_| bytes.extend([b'h', level - 1]));
+        bytes.push(b'e');
+    }
+    bytes.push(b'.');
+    let json = Pickle::parse(&bytes).unwrap().root().to_json(8);
+    assert_eq!(json.as_array().map(Vec::len), Some(1000));
+}
+
+#[test]
+fn a_parameter_that_refers_to_itself_is_no_tensor() {
+    // x = torch._utils._rebuild_parameter(l) with l = [x].
+    let bytes = b"\x80\x02]q\x00ctorch._utils\n_rebuild_parameter\nh\x00Ra.";
+    let pickle = Pickle::parse(bytes).unwrap();
+    let parameter = pickle.root().elements().unwrap()[0];
+    assert!(spikeprobe::run::torch_file::TensorRecipe::of(parameter).is_none());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 

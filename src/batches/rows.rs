@@ -30,7 +30,8 @@ pub struct Seen {
 pub fn read(file: &Path, seen: &mut Seen, take: &mut dyn FnMut(u32, Row) -> Result<bool>) -> Result<()> {
     let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let mut opened = File::open(file).map_err(|error| Error::input(error.to_string()).at_path(file))?;
-    parse(extension, &mut opened, seen, take).map_err(|error| error.at_path(file))
+    parse(extension, &mut opened, seen, take)
+        .map_err(|error| error.at_path(file).or_next("correct the row, or give the file that the run was trained on"))
 }
 
 /// [`read`] for text that is already open; `extension` says what it is.

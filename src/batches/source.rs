@@ -94,14 +94,18 @@ impl Catalogue {
             .map_err(|error| Error::input(format!("not valid JSON: {error}")).at_path(&path).next("copy it again"))?;
         match value {
             Value::Object(entries) => Ok(Self { dir: dataset_dir.to_path_buf(), path, entries }),
-            _ => Err(Error::input("not a JSON object of datasets").at_path(&path)),
+            _ => Err(Error::input("not a JSON object of datasets")
+                .at_path(&path)
+                .next("it maps each dataset's name to an object with its file_name")),
         }
     }
 
     /// # Errors
     /// The dataset is undefined, remote, of a refused kind, or its file is missing.
     pub fn source(&self, name: &str) -> Result<Source> {
-        let place = |error: Error| error.at(format!("dataset `{name}`")).at_path(&self.path);
+        let place = |error: Error| {
+            error.at(format!("dataset `{name}`")).at_path(&self.path).or_next("correct this entry of dataset_info.json")
+        };
         let Some(entry) = self.entries.get(name) else {
             let known: Vec<&str> = self.entries.keys().map(String::as_str).take(20).collect();
             let hint = format!("defined here: {}", known.join(", "));
@@ -110,13 +114,13 @@ impl Catalogue {
         let entry = entry.as_object().ok_or_else(|| place(Error::input("its entry is not a JSON object")))?;
         refuse_uncovered(entry).map_err(place)?;
         let columns = columns(entry).map_err(place)?;
-        let num_samples =
-            match entry.get("num_samples") {
-                None | Some(Value::Null) => None,
-                Some(value) => Some(value.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
-                    place(Error::input(format!("num_samples must be a whole number, found {value}")))
-                })?),
-            };
+        let num_samples = match entry.get("num_samples") {
+            None | Some(Value::Null) => None,
+            // More rows than their numbers can count would only fill the memory.
+            Some(value) => Some(value.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| {
+                place(Error::input(format!("num_samples must be a whole number below 2³², found {value}")))
+            })? as usize),
+        };
         let files = self.files(entry).map_err(place)?;
         Ok(Source { name: name.to_string(), files, columns, num_samples })
     }

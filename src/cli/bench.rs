@@ -40,6 +40,7 @@ const HEALTHY: &str = "4e-4";
 /// # Errors
 /// When the run cannot be read or replayed.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[&args.html])?;
     match &args.run {
         Some(run) => measure(args, common, common.open_replayer(run, &[])?, None),
         None => {

@@ -14,6 +14,7 @@ use crate::{Result, output};
 
 /// Options of every subcommand.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Common {
     /// Relative paths inside the configuration resolve against this folder, as LLaMA-Factory resolves them
     /// against the folder it was started in.
@@ -26,7 +27,7 @@ pub struct Common {
     #[arg(long, global = true, value_name = "auto|cpu|cuda:N", default_value = "auto", value_parser = parse_device)]
     pub device: DeviceChoice,
     /// CPU threads [default: all cores]. Results do not depend on it.
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Library versions of the run, over what its files say: transformers=4.48.2,accelerate=1.2.1
     #[arg(long, global = true, value_name = "NAME=X.Y.Z,...", value_delimiter = ',', value_parser = parse_version)]
@@ -123,12 +124,22 @@ impl Common {
         set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache"))).map(|c| c.join("spikeprobe"))
     }
 
-    /// Opens a run for replays on the chosen device.
+    /// Opens a run for replays on the chosen device, and says what of its files had to be left out.
     ///
     /// # Errors
     /// Anything of the run that is missing, broken or not covered.
     pub fn open_replayer(&self, run: &Path, overrides: &[(String, String)]) -> Result<Replayer> {
-        Replayer::open(self.source(run, overrides), self.open_device()?)
+        let replayer = Replayer::open(self.source(run, overrides), self.open_device()?)?;
+        let run = replayer.run();
+        run.remarks.iter().for_each(|remark| self.remark(remark));
+        if let Some((place, reason)) = run.log.unreadable.first() {
+            let more = match run.log.unreadable.len() - 1 {
+                0 => String::new(),
+                more => format!(", and {more} more entries"),
+            };
+            self.remark(&format!("left out of the log: {place} ({reason}){more}"));
+        }
+        Ok(replayer)
     }
 
     /// Whether the text for people goes to standard output (it does not where JSON does).
@@ -149,6 +160,14 @@ impl Common {
         if !self.quiet {
             output::complain(text);
         }
+    }
+
+    /// Fails before the work where a result could not be written after it: `--json`, and the other files named.
+    ///
+    /// # Errors
+    /// As [`output::check`].
+    pub fn check_outputs(&self, others: &[&Option<PathBuf>]) -> Result<()> {
+        others.iter().copied().chain([&self.json]).flatten().try_for_each(|path| output::check(path))
     }
 
     /// Writes `--json`, if asked for.

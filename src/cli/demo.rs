@@ -82,6 +82,7 @@ pub fn unpacked() -> Result<tempfile::TempDir> {
 /// # Errors
 /// When the files cannot be put into a temporary folder, or the replay fails.
 pub fn run(_: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     let folder = unpacked()?;
     let run = folder.path().join(RUN).into_os_string();
     let here = Common { root: folder.path().to_owned(), json: None, ..common.clone() };

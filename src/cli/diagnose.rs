@@ -14,7 +14,7 @@ use crate::diagnosis::archive::Archive;
 use crate::diagnosis::diagnose::{Answer, Options, diagnose};
 use crate::diagnosis::laboratory::{ReplayLaboratory, Subject};
 use crate::diagnosis::remembering::Remembering;
-use crate::diagnosis::{Fix, RowBlame, patch};
+use crate::diagnosis::{Fix, RowBlame, Spike, patch};
 use crate::probe::Measurement;
 use crate::replay::Replayer;
 use crate::report::page::{Pass, Piece, RowText, SiteRange, View};
@@ -48,8 +48,15 @@ pub struct Wanted {
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub windows: u64,
     /// Let experiments go on beyond --windows for so many seconds; the result then depends on the machine's speed.
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
+}
+
+/// A span that a clock can be set to: a year at most.
+fn parse_seconds(typed: &str) -> std::result::Result<f64, String> {
+    const MOST: f64 = 366.0 * 86_400.0;
+    let span = typed.parse().ok().filter(|s| (0.0..=MOST).contains(s));
+    span.ok_or_else(|| format!("expected a number of seconds from 0 to {MOST}"))
 }
 
 /// Diagnoses and prints.
@@ -57,6 +64,7 @@ pub struct Wanted {
 /// # Errors
 /// When the run cannot be read or a file cannot be written.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[&args.wanted.html, &args.wanted.fix])?;
     let replayer = common.open_replayer(&args.run, &[])?;
     show(&replayer, &args.run.display().to_string(), &args.wanted, common)
 }
@@ -95,16 +103,27 @@ pub fn show(replayer: &Replayer, name: &str, wanted: &Wanted, common: &Common) -
         ranges: &ranges,
         rows: &rows,
     };
-    common.print(&view.terminal(Style::stdout()))?;
-    if let Some(path) = &wanted.html {
+    if let (Some(asked), Some(told)) = (wanted.spike, explained(&answer))
+        && !(told.step..=told.until).contains(&asked)
+    {
+        common.remark(&format!("no spike at step {asked}: explained is the nearest, at step {}", told.step));
+    }
+    let value =
+        serde_json::to_value(&answer.diagnosis).map_err(|e| Error::internal(format!("diagnosis as JSON: {e}")))?;
+    let page = wanted.html.as_ref().map_or(Ok(()), |path| {
         output::write_text(path, &view.html())?;
         common.remark(&format!("report: {}", path.display()));
-    }
-    if let Some(path) = &wanted.fix {
-        write_fix(replayer, &answer, path, common)?;
-    }
-    let value = serde_json::to_value(&answer.diagnosis);
-    common.write_json(&value.map_err(|e| Error::internal(format!("diagnosis as JSON: {e}")))?)
+        Ok(())
+    });
+    let fix = wanted.fix.as_ref().map_or(Ok(()), |path| write_fix(replayer, &answer, path, common));
+    // A full disk under one of them is no reason to lose the others.
+    [common.print(&view.terminal(Style::stdout())), page, fix, common.write_json(&value)].into_iter().collect()
+}
+
+/// The spike that carries the top verdict.
+fn explained(answer: &Answer) -> Option<&Spike> {
+    let diagnosis = &answer.diagnosis;
+    diagnosis.spikes.iter().find(|spike| spike.verdict == diagnosis.verdict)
 }
 
 fn facts(replayer: &Replayer) -> Vec<(String, String)> {

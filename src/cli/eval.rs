@@ -33,10 +33,13 @@ pub struct Args {
 /// # Errors
 /// When the run cannot be read, has no evaluation rows, or nothing to evaluate.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[&args.html])?;
     let replayer = common.open_replayer(&args.run, &args.set)?;
     let scene = replayer.scene();
     let progress = !common.quiet && output::progress();
-    let points = curve(&replayer, args.every, &mut |point| {
+    let mut found = Vec::new();
+    let outcome = curve(&replayer, args.every, &mut |point| {
+        found.push(point.clone());
         if progress {
             output::status(&format!("step {}: {} {:.4}", point.step, metric(&point.set), point.loss));
         }
@@ -44,11 +47,23 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     if progress {
         output::status("");
     }
-    let points = points?;
+    let (points, cut) = match outcome {
+        Ok(points) => (points, None),
+        // Ctrl-C, or a damaged checkpoint: the points before it are results all the same.
+        Err(e) if !found.is_empty() => (found, Some(e)),
+        Err(e) => return Err(e),
+    };
+    let mut json = to_json(scene, &points);
+    if let Some(cut) = cut {
+        json["interrupted"] = true.into();
+        common.print(&table(scene, &points))?;
+        common.write_json(&json)?;
+        return Err(cut);
+    }
     common.print(&table(scene, &points))?;
     if let Some(path) = &args.html {
         output::write_text(path, &html(scene, &points))?;
         common.remark(&format!("wrote {}", path.display()));
     }
-    common.write_json(&to_json(scene, &points))
+    common.write_json(&json)
 }

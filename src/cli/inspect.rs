@@ -30,6 +30,7 @@ pub struct Args {
 /// # Errors
 /// When a run cannot be read. Data rows that cannot be read are a remark: the log is inspected all the same.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     let open = |path: &Path| Run::open_for_inspection(path, &common.root, &common.versions);
     let run = open(&args.run)?;
     // A long log and many rows are both work: side by side.

@@ -44,6 +44,7 @@ pub enum Command {
     Demo(demo::Args),
     /// Replay a grid of learning rates, accumulation steps, precisions: where is it stable, what to set?
     Sweep(sweep::Args),
+    /// Why the loss spiked: which change alone takes the spike away, with proof and a fix.
     Diagnose(diagnose::Args),
     /// What this device's arithmetic is, whether it repeats itself, and whether a step of a run can be trusted.
     Numerics(numerics::Args),

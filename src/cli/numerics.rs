@@ -47,6 +47,7 @@ fn fault_help() -> String {
 /// # Errors
 /// When the device or the run cannot be used; a fault that was found.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     let device = common.open_device()?;
     match (&args.triage, args.step, args.soak) {
         (Some(path), Some(step), _) => triage(args, common, device, path, step),

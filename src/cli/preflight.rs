@@ -32,6 +32,7 @@ pub struct Args {
 /// # Errors
 /// When the run cannot be read or its first windows cannot be computed.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     let replayer = common.open_replayer(&args.run, &args.set)?;
     let run = replayer.run();
     let corpus = replayer.corpus();

@@ -18,7 +18,7 @@ use crate::replay::{
     Certificate, CrossCheck, Envelope, Intervention, Observer, Replayer, Start, StepRecord, Trace, certify,
     cross_check, step_json, trace_json,
 };
-use crate::{Error, Result, error, output};
+use crate::{Error, Result, output};
 
 /// Re-run the optimizer steps of a run and hold them against its log.
 #[derive(Debug, ClapArgs)]
@@ -74,7 +74,7 @@ fn parse_start(typed: &str) -> std::result::Result<Start, String> {
 }
 
 pub(super) fn parse_setting(typed: &str) -> std::result::Result<(String, String), String> {
-    let (key, value) = typed.split_once('=').ok_or("expected KEY=VALUE")?;
+    let (key, value) = typed.split_once('=').filter(|(key, _)| !key.trim().is_empty()).ok_or("expected KEY=VALUE")?;
     Ok((key.trim().to_owned(), value.to_owned()))
 }
 
@@ -89,6 +89,7 @@ fn parse_row(typed: &str) -> std::result::Result<(String, u32), String> {
 /// # Errors
 /// When the run cannot be read or replayed.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[&args.trace])?;
     let replayer = common.open_replayer(&args.run, &[])?;
     let interventions = args.interventions(&replayer)?;
     let to = args.last_step(&replayer, &interventions)?;
@@ -108,7 +109,8 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     let outcome = replayer.replay(&args.from, to, &interventions, &mut recorder);
     let (trace, mut cut) = match outcome {
         Ok(trace) => (trace, None),
-        Err(e) if e.kind == error::Kind::Interrupted && !recorder.steps.is_empty() => {
+        // Ctrl-C, or a device that failed half-way: the steps that were done are results all the same.
+        Err(e) if !recorder.steps.is_empty() => {
             (Trace { start: args.from.clone(), steps: std::mem::take(&mut recorder.steps) }, Some(e))
         }
         Err(e) => return Err(e),
@@ -120,23 +122,27 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     if cut.is_none() {
         // A log that is met to the last bit was made with these masks; otherwise each sibling draws its own.
         let masks_known = certified(&[]).exact_to.is_some();
-        match args.perturbed(&replayer, to, (&interventions, masks_known), &mut perturbed) {
-            Err(e) if e.kind == error::Kind::Interrupted => cut = Some(e),
-            other => other?,
-        }
+        cut = args.perturbed(&replayer, to, (&interventions, masks_known), &mut perturbed).err();
     }
-    recorder.finish()?;
+    let traced = recorder.finish();
     let certificate = certified(&perturbed);
     let mut text = table(&trace, &certificate, &scene.corpus);
+    let checks = match args.cross_check && cut.is_none() {
+        true => cross_checked(&replayer, args, &interventions, &trace, &certificate),
+        false => Ok(Vec::new()),
+    };
+    let checks = checks.unwrap_or_else(|e| {
+        cut = Some(e);
+        Vec::new()
+    });
     let mut json = trace_json(&trace, &certificate, &scene.run.log.rows, &scene.corpus, cut.is_none());
-    if args.cross_check && cut.is_none() {
-        let checks = cross_checked(&replayer, args, &interventions, &trace, &certificate)?;
+    if !checks.is_empty() {
         checks.iter().for_each(|check| text.push_str(&cross_check_lines(check)));
         json["cross_check"] = checks.iter().map(CrossCheck::json).collect();
     }
-    common.print(&text)?;
-    common.write_json(&json)?;
-    cut.map_or(Ok(()), Err)
+    let written = [traced, common.print(&text), common.write_json(&json)];
+    cut.map_or(Ok(()), Err)?;
+    written.into_iter().collect()
 }
 
 impl Args {

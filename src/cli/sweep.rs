@@ -85,6 +85,7 @@ pub enum KeepTyped {
 /// # Errors
 /// What cannot be read, replayed or written. Results so far stay in the folder.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     match (&args.merge, &args.run) {
         (Some(Merge::Merge { dirs }), _) => merge(dirs, common),
         (None, Some(run)) => sweep(args, run, common),
@@ -117,11 +118,20 @@ fn sweep(args: &Args, run: &Path, common: &Common) -> Result<()> {
     let told = |_: usize, result: &CellResult| progress.finished(result);
     let context = replayed::context(&replayer);
     let workers = if replayer.device().name() == "cpu" { at_once } else { args.jobs.map_or(1, usize::from) };
-    let done = queue::run(&folder, &manifest, shard, workers, &trainer, context, &told)?;
+    let done = queue::run(&folder, &manifest, shard, workers, &trainer, context, &told);
     progress.clear();
-    common.remark(&format!("{} cells computed, {} were there already", done.computed, done.kept));
     let results = folder.results(&manifest)?;
     let mut sweep = Sweep::new(&manifest, &results);
+    let done = match done {
+        Ok(done) => done,
+        Err(e) => {
+            if results.iter().any(Option::is_some) {
+                publish(&sweep, &folder, common, false)?;
+            }
+            return Err(e.or_next("the same command keeps the cells that are done and goes on with the others"));
+        }
+    };
+    common.remark(&format!("{} cells computed, {} were there already", done.computed, done.kept));
     if sweep.missing() == 0 && shard == Shard::ALL {
         check(&mut sweep, &folder, &trainer, &replayer)?;
         write_suggestion(&sweep, &folder, replayer.run().config_path.as_path())?;

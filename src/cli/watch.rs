@@ -41,6 +41,7 @@ pub struct Args {
 /// # Errors
 /// When the folder does not exist, the log cannot be read, or evidence cannot be written.
 pub fn run(args: &Args, common: &Common) -> Result<()> {
+    common.check_outputs(&[])?;
     if !args.output_dir.is_dir() {
         return Err(Error::input("no such folder")
             .at_path(&args.output_dir)

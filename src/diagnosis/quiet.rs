@@ -39,6 +39,10 @@ pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: 
         windows_replayed: 0,
         cost: Cost::default(),
     };
+    if subject.rows.iter().all(|row| row.loss.is_none()) {
+        diagnosis.verdict = nothing_logged();
+        return Ok(Answer { diagnosis, baseline, measured: Vec::new() });
+    }
     match stall::look(subject, lab, budget) {
         Err(error) if error.kind == Kind::Interrupted => return Err(error),
         Ok(Some(stall)) => {
@@ -66,6 +70,20 @@ pub(super) fn diagnose(subject: &Subject<'_>, lab: &mut dyn Laboratory, budget: 
     diagnosis.windows_replayed = budget.used;
     diagnosis.cost = cost_of(budget, lab);
     Ok(Answer { diagnosis, baseline, measured: Vec::new() })
+}
+
+/// A missing log is not a quiet one.
+fn nothing_logged() -> Verdict {
+    Verdict {
+        cause: Cause::Undetermined,
+        also_sufficient: Vec::new(),
+        confidence: Confidence::Weak,
+        harmful: false,
+        summary: "There is no log of a training step, so nothing shows whether the loss spiked. Check output_dir and \
+                  --root: trainer_log.jsonl or trainer_state.json is read from there. `spikeprobe replay` computes the \
+                  losses without a log."
+            .to_string(),
+    }
 }
 
 /// The end of a quiet log, replayed.

@@ -129,8 +129,7 @@ fn measurement_json(m: &Measurement) -> Value {
     let s = &m.statistics;
     let counts = [s.elements, s.nan, s.pos_inf, s.neg_inf, s.zero, s.subnormal, s.underflow, s.overflow];
     let extremes = [s.max_abs.to_bits(), s.min_abs.to_bits()];
-    let sums = [s.sum_squares.to_bits(), s.sum.to_bits()];
-    json!([m.site, m.unit, word(m.dtype), word(m.range), counts, extremes, sums])
+    json!([m.site, m.unit, word(m.dtype), word(m.range), counts, extremes, s.sum_squares.to_bits()])
 }
 
 fn measurement_of(json: &Value) -> Option<Measurement> {
@@ -148,8 +147,7 @@ fn measurement_of(json: &Value) -> Option<Measurement> {
         overflow: count(7)?,
         max_abs: bits(&json[5][0])?,
         min_abs: bits(&json[5][1])?,
-        sum_squares: wide(&json[6][0])?,
-        sum: wide(&json[6][1])?,
+        sum_squares: wide(&json[6])?,
     };
     Some(Measurement {
         site: serde_json::from_value(json[0].clone()).ok()?,
@@ -227,7 +225,8 @@ mod tests {
         }
         fn measure(&mut self, _: &Start, _: u64) -> Result<Vec<Measurement>> {
             self.0 += 1;
-            let statistics = Statistics { elements: 4, max_abs: f32::INFINITY, sum: f64::NAN, ..Default::default() };
+            let statistics =
+                Statistics { elements: 4, max_abs: f32::INFINITY, sum_squares: f64::NAN, ..Default::default() };
             let site = Site::block(2, Part::Projection(Projection::Down), Role::OutputGrad);
             let (dtype, range) = (DType::F32, DType::F16);
             Ok(vec![Measurement { site, unit: None, dtype, range, statistics, values: None }])

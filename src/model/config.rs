@@ -77,7 +77,7 @@ impl ModelConfig {
         let json: Value = serde_json::from_str(&text).map_err(|e| {
             Error::input(format!("not valid JSON: {e}")).at_path(&path).next("restore the file from the model's source")
         })?;
-        Self::from_json(&json).map_err(|e| e.at_path(&path))
+        Self::from_json(&json).map_err(|e| e.at_path(&path).or_next("restore the file from the model's source"))
     }
 
     /// Resolves the parsed config.json.
@@ -105,6 +105,9 @@ impl ModelConfig {
             return Err(Error::input(format!("{head_dim} is odd; rotary embeddings need pairs")).at("head_dim"));
         }
         let layers = keys.count("num_hidden_layers")?;
+        if layers > MOST_LAYERS {
+            return Err(Error::input(format!("{layers} layers are more than any model has")).at("num_hidden_layers"));
+        }
         let attention_bias = keys.flag("attention_bias")?.unwrap_or(false);
         let max_position = keys.count("max_position_embeddings")?;
         let (rope_theta, rope) = rope(&keys, max_position)?;
@@ -133,6 +136,9 @@ impl ModelConfig {
         })
     }
 }
+
+/// What a damaged file claims is not allocated before the weights are looked for.
+const MOST_LAYERS: usize = 10_000;
 
 /// config.json, with errors that name the key.
 struct Keys<'a>(&'a Value);

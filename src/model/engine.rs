@@ -231,7 +231,7 @@ impl Engine {
                 recorder: &recorder,
             };
             let backward = backward.as_mut().map(|(seeds, gradients)| (&seeds[range], &mut **gradients));
-            let _expecting = recorder.expect(&*self.device, &context.unit_tokens);
+            let _expecting = recorder.expect(&*self.device, &context.unit_tokens, None);
             units.extend(run_chunk(&context, backward, recompute)?);
         }
         let generators = torch.map(|(_, masks)| masks.generators).unwrap_or_default();

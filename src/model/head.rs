@@ -45,6 +45,11 @@ impl Places {
         }
         Self { index: (0..n as u32).collect(), targets, seeds, units: batch.unit_tokens() }
     }
+
+    /// Offsets of units in a tile of places; a unit without places in it has an empty range.
+    fn units_of(&self, tile: &Range<usize>) -> Vec<usize> {
+        self.units.iter().map(|&place| place.clamp(tile.start, tile.end) - tile.start).collect()
+    }
 }
 
 /// h [n, hidden] → (loss per labelled token, gradient of h if there are seeds). Rows without a label contribute no
@@ -63,7 +68,9 @@ pub(super) fn run(cx: &Context<'_>, h: &Tensor, seeds: Option<&[f32]>) -> Result
         let range = start..(start + tile).min(count);
         let index = &places.index[range.clone()];
         let x = cx.device.gather_rows(h, index)?;
-        let (tile_losses, d_x) = run_tile(cx, &x, &places, range)?;
+        let units = places.units_of(&range);
+        let _expecting = cx.recorder.expect(cx.device, &units, Some(&cx.unit_tokens));
+        let (tile_losses, d_x) = run_tile(cx, &x, &places, range, &units)?;
         losses.extend(tile_losses);
         if let Some(d_h) = &mut d_h {
             cx.device.accumulate(d_h, &cx.device.scatter_rows(&d_x()?, index, h.rows())?)?;
@@ -75,17 +82,20 @@ pub(super) fn run(cx: &Context<'_>, h: &Tensor, seeds: Option<&[f32]>) -> Result
     Ok((losses, d_h))
 }
 
-/// x: residual stream of the tile's tokens [m, hidden]. Returns their losses, and how to get the gradient of x.
+/// x: residual stream of the tile's tokens [m, hidden], of the units that `units` delimit. Returns their losses, and how
+/// to get the gradient of x.
 fn run_tile<'t>(
     cx: &'t Context<'_>,
     x: &'t Tensor,
     places: &'t Places,
     range: Range<usize>,
+    units: &'t [usize],
 ) -> Result<(Vec<f32>, impl FnOnce() -> Result<Tensor> + 't)> {
-    let (device, plan, first) = (cx.device, cx.plan, range.start);
+    let (device, plan) = (cx.device, cx.plan);
     let (weight, head) = (&cx.held.final_norm, &cx.held.head);
     let (normed, r) = device.rms_norm(x, weight, cx.config.rms_eps, promote(x.dtype, plan.norm_weight()))?;
-    let measure = move |part, role, x: &Tensor| measure_places(cx, Site::outside(part, role), x, (places, first));
+    let measure =
+        move |part, role, x: &Tensor| cx.recorder.measure(device, Site::outside(part, role), x, units, cx.first_unit);
     measure(Part::FinalNorm, Role::Output, &normed)?;
     let normed = cx.cast(&normed, plan.linear())?;
     let logits = device.linear(&normed, head, None, plan.compute(), plan.linear())?;
@@ -100,17 +110,6 @@ fn run_tile<'t>(
         device.rms_norm_grad(&d, x, weight, &r, None)
     };
     Ok((losses, grad))
-}
-
-/// Measures a tensor with one row per place, of which the first is `first`.
-fn measure_places(cx: &Context<'_>, site: Site, x: &Tensor, (places, first): (&Places, usize)) -> Result<()> {
-    if cx.recorder.is_off() {
-        return Ok(());
-    }
-    // A unit without places in this tile has an empty range.
-    let clamp = |&place: &usize| place.saturating_sub(first).min(x.rows());
-    let offsets: Vec<usize> = places.units.iter().map(clamp).collect();
-    cx.recorder.measure(cx.device, site, x, &offsets, cx.first_unit)
 }
 
 /// Losses per labelled token → per unit, without gradients yet.

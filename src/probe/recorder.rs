@@ -56,11 +56,15 @@ pub struct Recorder {
 }
 
 /// Tells the device what will be measured, until it is dropped.
-pub struct Expecting<'a>(&'a dyn Device);
+pub struct Expecting<'a> {
+    device: &'a dyn Device,
+    /// What it is told then.
+    after: Option<(Vec<usize>, Option<DType>)>,
+}
 
 impl Drop for Expecting<'_> {
     fn drop(&mut self) {
-        self.0.expect_statistics(None);
+        self.device.expect_statistics(self.after.as_ref().map(|(units, range)| (&units[..], *range)));
     }
 }
 
@@ -83,12 +87,19 @@ impl Recorder {
         }
     }
 
-    /// Announces measurements of tensors whose rows belong to the units that `offsets` delimit.
+    /// Announces measurements of tensors whose rows belong to the units that `offsets` delimit, and once more of those of
+    /// `after`, if any, when what it returns is dropped.
     #[must_use]
-    pub fn expect<'a>(&self, device: &'a dyn Device, offsets: Offsets<'_>) -> Option<Expecting<'a>> {
+    pub fn expect<'a>(
+        &self,
+        device: &'a dyn Device,
+        offsets: Offsets<'_>,
+        after: Option<Offsets<'_>>,
+    ) -> Option<Expecting<'a>> {
         let units = self.units(offsets)?;
         device.expect_statistics(Some((&units, self.range)));
-        Some(Expecting(device))
+        let after = after.and_then(|offsets| self.units(offsets)).map(|units| (units, self.range));
+        Some(Expecting { device, after })
     }
 
     /// Measures `x`, whose rows belong to the units that `offsets` delimit, of which the first is `first_unit`.

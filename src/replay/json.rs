@@ -10,7 +10,7 @@ use crate::run::LogRow;
 /// Version of the layout below; additions are free, changes bump the number.
 pub const SCHEMA: &str = "spikeprobe.replay/1";
 
-/// The whole result of `spikeprobe replay`. `complete`: false when Ctrl-C cut it short.
+/// The whole result of `spikeprobe replay`. `complete`: false when Ctrl-C or a failure cut it short.
 pub fn trace_json(trace: &Trace, certificate: &Certificate, rows: &[LogRow], corpus: &Corpus, complete: bool) -> Value {
     let steps: Vec<Value> = trace
         .steps

@@ -382,7 +382,9 @@ fn delayed(start: &Start, interventions: &[Intervention]) -> Option<(u64, Vec<In
 }
 
 pub(super) fn no_such_step(scene: &Scene, step: u64) -> Error {
-    Error::input(format!("there is no step {step}: the run ends at {}", scene.last_step()))
+    let last = scene.last_step();
+    Error::input(format!("there is no step {step}: the run ends at {last}"))
+        .next(format!("steps 1 to {last} can be replayed"))
 }
 
 /// A JSON value as the command line would give it.

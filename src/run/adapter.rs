@@ -32,7 +32,11 @@ impl AdapterWeights {
                 .at_path(dir)
                 .next("save it as safetensors (save_safetensors: true)"));
         }
-        let bytes = std::fs::read(&path).map_err(|e| Error::input(e.to_string()).at_path(&path))?;
+        let bytes = std::fs::read(&path).map_err(|e| {
+            Error::input(format!("the adapter cannot be read: {e}"))
+                .at_path(&path)
+                .next("copy the adapter's folder again, or start from another checkpoint")
+        })?;
         Self::parse(&bytes).map_err(|e| e.at_path(&path))
     }
 

@@ -17,6 +17,11 @@ impl TrainConfig {
     pub fn from_settings(mut settings: Settings, versions: &Versions, semantics: &TrainerSemantics) -> Result<Self> {
         let s = &mut settings;
         let rank = size(s, "lora_rank", 8)?;
+        if rank > WIDEST {
+            return Err(Error::input(format!("{rank} is more than any projection is wide"))
+                .at(s.place("lora_rank"))
+                .next("write the rank that the run used"));
+        }
         // 0 counts as unset, too (finetuning_args.__post_init__).
         let alpha = s.float("lora_alpha", 0.0)?;
         let schedule = Schedule::read(s)?;
@@ -95,7 +100,10 @@ impl TrainConfig {
 
     /// Checks what one value alone cannot show.
     fn check(&self, settings: &Settings) -> Result<()> {
-        let bad = |key: &str, what: &str| Err(Error::input(what).at(settings.place(key)));
+        let bad = |key: &str, what: &str| {
+            let next = format!("correct it, or leave {key} out for its default");
+            Err(Error::input(what).at(settings.place(key)).next(next))
+        };
         if self.bf16 && self.fp16 {
             return bad("fp16", "bf16 and fp16 cannot both be true; transformers refuses this");
         }
@@ -113,12 +121,20 @@ impl TrainConfig {
                 return bad(key, "expected a number from 0 to below 1; torch refuses others");
             }
         }
+        for (key, value) in [("weight_decay", self.weight_decay), ("adam_epsilon", self.adam_epsilon)] {
+            if value < 0.0 {
+                return bad(key, "expected a number of at least 0; torch refuses others");
+            }
+        }
         if self.num_train_epochs <= 0.0 && self.max_steps <= 0 {
             return bad("num_train_epochs", "neither num_train_epochs nor max_steps is positive: nothing to train");
         }
         Ok(())
     }
 }
+
+/// No model that is covered has a projection with more inputs or outputs, and a typing error must not fill the memory.
+const WIDEST: usize = 1 << 17;
 
 /// A whole number of at least 1 that addresses memory or counts rows; 2^31 − 1 at most.
 fn size(s: &mut Settings, key: &str, default: i64) -> Result<usize> {
@@ -263,7 +279,9 @@ impl Bookkeeping {
     fn read(s: &mut Settings) -> Result<Self> {
         let logging = s.float("logging_steps", 500.0)?;
         if logging <= 0.0 {
-            return Err(Error::input("expected a positive number").at(s.place("logging_steps")));
+            return Err(Error::input("expected a positive number")
+                .at(s.place("logging_steps"))
+                .next("write the number of steps between two lines of the log"));
         }
         Ok(Self {
             output_dir: required(s, "output_dir")?.into(),

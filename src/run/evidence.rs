@@ -3,6 +3,7 @@
 
 use super::{Checkpoint, Run};
 use crate::device::DType;
+use crate::error::Kind;
 use crate::model::PrecisionPlan;
 use crate::{Error, Result};
 
@@ -23,7 +24,7 @@ impl Run {
         let config = &self.config;
         let mut reasons = Vec::new();
         let autocast = self.autocast(&mut reasons);
-        let base = self.base_dtype(autocast, &mut reasons)?;
+        let base = self.base_dtype(&mut reasons)?;
         let adapter = self.adapter_dtype(base, &mut reasons)?;
         let loss_scaling = autocast == Some(DType::F16);
         if config.upcast_layernorm {
@@ -66,7 +67,7 @@ impl Run {
         honoured.then_some(DType::F16)
     }
 
-    fn base_dtype(&self, autocast: Option<DType>, reasons: &mut Vec<String>) -> Result<DType> {
+    fn base_dtype(&self, reasons: &mut Vec<String>) -> Result<DType> {
         let config = &self.config;
         let declared = self.base_dtype.as_deref().unwrap_or("float32");
         let of_model = parse_dtype(declared).ok_or_else(|| {
@@ -96,22 +97,28 @@ impl Run {
         };
         reasons
             .push(format!("base {}: {why} (LLaMA-Factory ≤ 0.9.3 loads the base in its compute dtype)", name(dtype)));
-        let _ = autocast;
         Ok(dtype)
     }
 
     /// float32 masters always (contract 4.2), unless a checkpoint proves otherwise.
     fn adapter_dtype(&self, base: DType, reasons: &mut Vec<String>) -> Result<DType> {
-        let Some(checkpoint) = self.checkpoints.last() else {
-            reasons.push("adapter float32: PEFT keeps trainable weights in float32".into());
-            return Ok(DType::F32);
-        };
-        let stored = stored_dtype(checkpoint)?;
-        reasons.push(format!("adapter {}: as stored in checkpoint-{}", name(stored), checkpoint.step));
-        if stored.is_half() && stored != base {
-            reasons.push(format!("note: the base is {}, the adapter {}", name(base), name(stored)));
+        for checkpoint in self.checkpoints.iter().rev() {
+            let stored = match stored_dtype(checkpoint) {
+                // A trainer that is killed while it saves leaves half a checkpoint: an earlier one tells as well.
+                Err(e) if e.kind == Kind::Input => {
+                    reasons.push(format!("checkpoint-{} is damaged and tells nothing: {}", checkpoint.step, e.what));
+                    continue;
+                }
+                stored => stored?,
+            };
+            reasons.push(format!("adapter {}: as stored in checkpoint-{}", name(stored), checkpoint.step));
+            if stored.is_half() && stored != base {
+                reasons.push(format!("note: the base is {}, the adapter {}", name(base), name(stored)));
+            }
+            return Ok(stored);
         }
-        Ok(stored)
+        reasons.push("adapter float32: PEFT keeps trainable weights in float32".into());
+        Ok(DType::F32)
     }
 
     /// Reasons of [`Run::precision`] and versions with their origins, one line each.

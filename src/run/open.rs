@@ -207,14 +207,15 @@ struct OutputFiles {
 
 impl OutputFiles {
     fn read(settings: &Settings, root: &Path) -> Result<Self> {
-        let folder = settings.find("output_dir").and_then(|(v, _)| v.as_str().map(PathBuf::from));
+        let folder = settings.find("output_dir").and_then(|(v, _)| super::settings::as_text(&v));
         let Some(output) = folder.map(|folder| root.join(folder)) else {
-            return Err(Error::input("this key is missing")
+            return Err(Error::input("this key is missing, or no path")
                 .at(settings.place("output_dir"))
-                .next("add `output_dir: …`"));
+                .next("write `output_dir: …` with the folder that the run was saved to"));
         };
         let mut remarks = Vec::new();
-        let log = Some(output.join("trainer_log.jsonl")).filter(|p| p.is_file());
+        // Whatever bears the name is read, so that a folder there is an error and not a run without a log.
+        let log = Some(output.join("trainer_log.jsonl")).filter(|p| p.exists());
         // Two files of up to tens of megabytes: side by side.
         let state_file = output.join("trainer_state.json");
         let (log, state) = rayon::join(

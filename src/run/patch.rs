@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 
 /// `text` with top-level keys of `changes` replaced where they stand, or added at the end. JSON stays JSON.
 pub fn patched(text: &str, changes: &BTreeMap<String, Value>) -> String {
+    // The byte order mark of a Windows editor would be read as part of the first key.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if let Ok(Value::Object(mut object)) = serde_json::from_str(text) {
         changes.iter().for_each(|(key, value)| drop(object.insert(key.clone(), value.clone())));
         return format!("{:#}\n", Value::Object(object));

@@ -60,19 +60,27 @@ impl Settings {
     /// # Errors
     /// Unreadable file, invalid YAML or JSON, not a mapping, nested keys that are no text, unknown keys.
     pub fn read(path: &Path, overrides: &[(String, String)]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            Error::input(format!("cannot be read as text: {e}"))
+                .at_path(path)
+                .next("name the YAML or JSON that the run was started with")
+        })?;
+        // PyYAML skips a byte order mark, as Windows editors write it.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         let json = path.extension().is_some_and(|e| e == "json");
         let value: Value = if json {
-            super::json::parse(&text).map_err(|e| unparsable("JSON", &e.to_string(), path))?
+            super::json::parse(text).map_err(|e| unparsable("JSON", &e.to_string(), path))?
         } else {
-            parse_yaml(&text).map_err(|e| unparsable("YAML", &e.to_string(), path))?
+            parse_yaml(text).map_err(|e| unparsable("YAML", &e.to_string(), path))?
         };
         let Value::Object(map) = value else {
-            return Err(Error::input("a configuration is a flat list of `key: value`").at_path(path));
+            return Err(Error::input("a configuration is a flat list of `key: value`")
+                .at_path(path)
+                .next("name the YAML or JSON that the run was started with"));
         };
         let settings = Self::of(path, map.into_iter().collect(), overrides)?;
         for key in settings.written.keys() {
-            super::keys::check_known(key).map_err(|e| e.at(line_of(&text, key, path)))?;
+            super::keys::check_known(key).map_err(|e| e.at(line_of(text, key, path)))?;
         }
         Ok(settings)
     }
@@ -271,7 +279,8 @@ fn as_flag(value: &Value) -> Option<bool> {
     }
 }
 
-fn as_text(value: &Value) -> Option<String> {
+/// A word; numbers and flags as they would be written.
+pub fn as_text(value: &Value) -> Option<String> {
     match value {
         Value::String(s) => Some(s.clone()),
         Value::Number(n) => Some(n.to_string()),

@@ -129,7 +129,11 @@ impl TrainerLog {
     /// # Errors
     /// Unreadable file.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| Error::input(e.to_string()).at_path(path))?;
+        let bytes = std::fs::read(path).map_err(|e| {
+            Error::input(format!("the log cannot be read: {e}"))
+                .at_path(path)
+                .next("check that it is a file that you may read")
+        })?;
         let name = path.display().to_string();
         let lines: Vec<(usize, &[u8])> = bytes.split(|&b| b == b'\n').enumerate().collect();
         // A long log's lines on all threads, put together in their order.

@@ -113,12 +113,12 @@ pub struct TensorRecipe {
 impl TensorRecipe {
     /// `None`: the value is no tensor.
     pub fn of(view: View<'_>) -> Option<Self> {
-        let (callable, arguments) = view.as_call()?;
-        let (_, name) = callable.as_global()?;
-        if name == "_rebuild_parameter" {
-            return Self::of(*arguments.first()?);
+        let (mut callable, mut arguments) = view.as_call()?;
+        // A Parameter holds its tensor. Once only: values of a pickle may refer to themselves.
+        if callable.as_global()?.1 == "_rebuild_parameter" {
+            (callable, arguments) = arguments.first()?.as_call()?;
         }
-        if name != "_rebuild_tensor_v2" {
+        if callable.as_global()?.1 != "_rebuild_tensor_v2" {
             return None;
         }
         let [storage, offset, shape, stride, ..] = arguments.as_slice() else { return None };

@@ -111,6 +111,40 @@ fn truncated_and_corrupt_files_are_named() {
 }
 
 #[test]
+fn a_byte_order_mark_is_no_part_of_the_configuration() {
+    let run = Copy::new();
+    run.bytes(&format!("{RUN}/train.yaml"), |b| drop(b.splice(0..0, *b"\xef\xbb\xbf")));
+    run.replay(Start::Initial, 1).expect("PyYAML reads it, too");
+}
+
+#[test]
+fn numbers_that_would_fill_the_memory_are_refused() {
+    let run = Copy::new();
+    run.json(&format!("{RUN}/data/dataset_info.json"), |info| info["train"]["num_samples"] = u64::MAX.into());
+    run.refused(&["dataset_info.json", "train", "num_samples"]);
+    let run = Copy::new();
+    run.json(&format!("{MODEL}/config.json"), |config| config["num_hidden_layers"] = 1_000_000_000.into());
+    run.refused(&["config.json", "num_hidden_layers"]);
+    for (key, value) in [("lora_rank", "2147483647"), ("weight_decay", "-1"), ("adam_epsilon", "-1")] {
+        let run = Copy::new();
+        let text =
+            String::from_utf8(std::fs::read(run.path(&format!("{RUN}/train.yaml"))).expect("yaml")).expect("text");
+        let kept: String = text.lines().filter(|l| !l.starts_with(key)).map(|l| format!("{l}\n")).collect();
+        std::fs::write(run.path(&format!("{RUN}/train.yaml")), format!("{kept}{key}: {value}\n")).expect("written");
+        run.refused(&["train.yaml", key]);
+    }
+}
+
+#[test]
+fn configurations_that_are_none_are_named_with_a_remedy() {
+    for content in [b"".as_slice(), b"- a", b"\xff\xfe\x00"] {
+        let run = Copy::new();
+        std::fs::write(run.path(&format!("{RUN}/train.yaml")), content).expect("written");
+        run.refused(&["train.yaml"]);
+    }
+}
+
+#[test]
 fn missing_files_are_named() {
     for (file, parts) in [
         (format!("{MODEL}/model.safetensors"), ["tiny-llama-fp32", "model.safetensors"]),

@@ -50,7 +50,6 @@ struct Counts {
     largest: [u32; LANES],
     smallest: [u32; LANES],
     squares: [f64; LANES],
-    sum: [f64; LANES],
 }
 
 impl Counts {
@@ -72,7 +71,6 @@ impl Counts {
             self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
             let value = if finite { x as f64 } else { 0.0 };
             self.squares[l] = value.mul_add(value, self.squares[l]);
-            self.sum[l] += value;
         }
     }
 }
@@ -100,7 +98,6 @@ fn count<'a>(rows: impl Rows<'a>, range: Range) -> Statistics {
         largest: none,
         smallest: [u32::MAX; LANES],
         squares: [0.0; LANES],
-        sum: [0.0; LANES],
     };
     for i in 0..rows.count() {
         for chunk in rows.row(i).chunks(LANES) {
@@ -121,6 +118,5 @@ fn count<'a>(rows: impl Rows<'a>, range: Range) -> Statistics {
         max_abs: f32::from_bits(counts.largest.iter().max().map_or(0, |&l| l)),
         min_abs: if smallest < INFINITY { f32::from_bits(smallest) } else { 0.0 },
         sum_squares: counts.squares.iter().sum(),
-        sum: counts.sum.iter().sum(),
     }
 }

@@ -1,5 +1,7 @@
 //! Cross-entropy on logits rows and its gradient: log_softmax and NLL in f32 (contract 4.3).
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::rounding::{Round, with_round};
 use super::simd::vectorised;
 use super::values::{expect, owned, tensor};
@@ -22,17 +24,18 @@ impl CpuDevice {
             expect((label as usize) < vocabulary, "cross_entropy", || format!("label {label} of {vocabulary}"))?;
         }
         let (shape, dtype) = (logits.shape.clone(), logits.dtype);
-        let mut losses = vec![0f32; rows];
+        // Bits of each row's.
+        let losses: Vec<AtomicU32> = (0..rows).map(|_| AtomicU32::default()).collect();
         let mut gradient = owned(logits)?;
         with_round!(dtype, round => {
-            let run = |first: usize, gradient: &mut [f32], losses: &mut [f32]| {
-                for (i, (d, loss)) in gradient.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
-                    let row = first + i;
-                    *loss = vectorised(#[inline(always)] || one_row(d, labels[row] as usize, seed[row], round));
+            self.fill(&mut gradient, (&shape, dtype), vocabulary, 10, |first, gradient| {
+                for (row, d) in (first..).zip(gradient.chunks_exact_mut(vocabulary)) {
+                    let loss = vectorised(#[inline(always)] || one_row(d, labels[row] as usize, seed[row], round));
+                    losses[row].store(loss.to_bits(), Ordering::Relaxed);
                 }
-            };
-            self.workers.rows2((&mut gradient, &mut losses), (vocabulary, 1), 10, run);
+            });
         });
+        let losses = losses.into_iter().map(|bits| f32::from_bits(bits.into_inner())).collect();
         Ok((losses, tensor(gradient, shape, dtype)))
     }
 }

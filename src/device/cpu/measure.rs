@@ -1,76 +1,126 @@
 //! What a probe measures about some elements that lie in the cache, in one pass over them.
 //!
-//! Sums are f64; where no square can leave f32's range, [`NEIGHBOURS`] of a lane are added in f32 first, as on CUDA.
+//! Σx² is f64; where no square can leave f32's range, [`NEIGHBOURS`] of a lane are added in f32 first, as on CUDA.
 
 use super::classes::{Range, magnitude, measure_all};
 use super::math::LANES;
 use super::simd::{Level, level, vectorised};
 use crate::device::{DType, Statistics};
 
-/// Lanes of what every tensor needs.
+/// What every tensor needs.
+#[derive(Clone, Copy)]
 pub(super) struct Ordinary {
-    pub largest: [u32; LANES],
+    pub largest: u32,
     /// Of magnitudes − 1, where zero wraps to the largest number.
-    pub smallest: [u32; LANES],
-    pub zero: [u32; LANES],
-    pub squares: [f64; LANES],
-    pub sum: [f64; LANES],
+    pub smallest: u32,
+    pub zero: u32,
+    pub squares: f64,
 }
 
-/// Elements of a lane that are added in f32 before they join the f64 sums.
+impl Ordinary {
+    fn and(self, other: Self) -> Self {
+        Self {
+            largest: self.largest.max(other.largest),
+            smallest: self.smallest.min(other.smallest),
+            zero: self.zero + other.zero,
+            squares: self.squares + other.squares,
+        }
+    }
+}
+
+/// The same of each lane.
+struct Lanes {
+    largest: [u32; LANES],
+    smallest: [u32; LANES],
+    zero: [u32; LANES],
+    squares: [f64; LANES],
+}
+
+/// Elements of a lane whose squares are added in f32 before they join the f64 sums.
 const NEIGHBOURS: usize = 8;
 
-/// Bits of the magnitudes from 2^-50 to 2^60, whose squares f32 sums: eight of the largest do not overflow, and what the
+/// Bits of the magnitudes from 2^-50 to 2^60, whose squares f32 sums: sixteen of the largest do not overflow, and what the
 /// squares of much smaller ones lose below f32's normal range is nothing beside the square of one that is not.
 const SQUARABLE: std::ops::Range<u32> = (127 - 50) << 23..(127 + 60) << 23;
 
-impl Ordinary {
-    /// The first `groups` · [`RUN`] elements, in rows of W.
-    #[inline(always)]
-    fn take_groups<'a, const W: usize>(&mut self, rows: impl Rows<'a>, groups: usize) {
-        #[cfg(target_arch = "x86_64")]
-        if level() >= Level::Avx512 {
-            // SAFETY: the processor has AVX-512 F.
-            return unsafe { super::measure_avx512::take::<W>(self, rows, groups) };
+/// As many elements of this dtype as make whole groups, in rows of W; says how many rows that is.
+#[inline(always)]
+fn of_groups<'a, const W: usize>(rows: impl Rows<'a>, dtype: DType) -> (usize, Ordinary) {
+    let groups = whole_rows::<W>(rows) / (RUN / W);
+    #[cfg(target_arch = "x86_64")]
+    {
+        use super::{measure_avx512, measure_bf16};
+        // SAFETY: each is called where the processor has its instructions.
+        match level() {
+            Level::Avx512Bf16 if dtype == DType::BF16 => unsafe {
+                let (double, rest) = (groups / 2, groups / 2 * 2..groups);
+                let most = measure_bf16::of_groups::<W>(rows, double);
+                let all = if rest.is_empty() { most } else { most.and(measure_avx512::of_groups::<W>(rows, rest)) };
+                return (groups * (RUN / W), all);
+            },
+            Level::Avx512 | Level::Avx512Bf16 => unsafe {
+                return (groups * (RUN / W), measure_avx512::of_groups::<W>(rows, 0..groups));
+            },
+            _ => {}
         }
-        for group in 0..groups {
-            let (mut squares, mut sum) = ([0f32; LANES], [0f32; LANES]);
-            for i in 0..RUN / W {
-                for chunk in rows.row(group * (RUN / W) + i).as_chunks::<LANES>().0 {
-                    self.add(chunk, &mut squares, &mut sum);
-                }
+    }
+    let mut lanes = Lanes::nothing();
+    for group in 0..groups {
+        let mut squares = [0f32; LANES];
+        for i in 0..RUN / W {
+            for chunk in rows.row(group * (RUN / W) + i).as_chunks::<LANES>().0 {
+                lanes.add(chunk, &mut squares);
             }
-            self.join(squares, sum);
         }
+        lanes.join(squares);
+    }
+    (groups * (RUN / W), lanes.fold())
+}
+
+impl Lanes {
+    fn nothing() -> Self {
+        Self { largest: [0; LANES], smallest: [u32::MAX; LANES], zero: [0; LANES], squares: [0.0; LANES] }
     }
 
     /// At most [`RUN`] elements.
     #[inline(always)]
     fn take(&mut self, run: &[f32]) {
-        let (mut squares, mut sum) = ([0f32; LANES], [0f32; LANES]);
+        let mut squares = [0f32; LANES];
         for chunk in run.chunks(LANES) {
-            self.add(chunk, &mut squares, &mut sum);
+            self.add(chunk, &mut squares);
         }
-        self.join(squares, sum);
+        self.join(squares);
     }
 
     #[inline(always)]
-    fn add(&mut self, chunk: &[f32], squares: &mut [f32; LANES], sum: &mut [f32; LANES]) {
+    fn add(&mut self, chunk: &[f32], squares: &mut [f32; LANES]) {
         for (l, &x) in chunk.iter().enumerate() {
             let magnitude = magnitude(x);
             self.largest[l] = self.largest[l].max(magnitude);
             self.smallest[l] = self.smallest[l].min(magnitude.wrapping_sub(1));
             self.zero[l] += u32::from(magnitude == 0);
             squares[l] = x.mul_add(x, squares[l]);
-            sum[l] += x;
         }
     }
 
     #[inline(always)]
-    fn join(&mut self, squares: [f32; LANES], sum: [f32; LANES]) {
-        for l in 0..LANES {
-            self.squares[l] += f64::from(squares[l]);
-            self.sum[l] += f64::from(sum[l]);
+    fn join(&mut self, squares: [f32; LANES]) {
+        for (sum, squares) in self.squares.iter_mut().zip(squares) {
+            *sum += f64::from(squares);
+        }
+    }
+
+    /// Sums of squares half and half, as registers are added.
+    #[inline(always)]
+    fn fold(&self) -> Ordinary {
+        let s = &self.squares;
+        let eight: [f64; 8] = std::array::from_fn(|i| s[i] + s[i + 8]);
+        let four: [f64; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+        Ordinary {
+            largest: self.largest.iter().fold(0, |a, &b| a.max(b)),
+            smallest: self.smallest.iter().fold(u32::MAX, |a, &b| a.min(b)),
+            zero: self.zero.iter().sum(),
+            squares: (four[0] + four[2]) + (four[1] + four[3]),
         }
     }
 }
@@ -85,8 +135,10 @@ pub trait Rows<'a>: Copy {
 #[derive(Clone, Copy)]
 struct Run<'a>(&'a [f32]);
 
-/// Elements of all lanes together that are added in f32.
+/// Elements of all lanes together whose squares are added in f32.
 pub(super) const RUN: usize = NEIGHBOURS * LANES;
+/// The same of bf16, of which a lane adds two at a time.
+pub(super) const PAIRED: usize = 2 * RUN;
 
 impl<'a> Rows<'a> for Run<'a> {
     #[inline(always)]
@@ -99,45 +151,44 @@ impl<'a> Rows<'a> for Run<'a> {
     }
 }
 
-/// Statistics of a run of elements against the range of `target`.
-pub fn of_run(values: &[f32], target: DType) -> Statistics {
+/// Statistics of a run of elements, all of them of `dtype`, against the range of `target`.
+pub fn of_run(values: &[f32], dtype: DType, target: DType) -> Statistics {
     vectorised(
         #[inline(always)]
-        || measure::<RUN>(Run(values), Range::of(target)),
+        || measure::<RUN>(Run(values), dtype, Range::of(target)),
     )
 }
 
 /// The same of rows of at most W elements each.
-pub fn of_rows<'a, const W: usize>(rows: impl Rows<'a>, target: DType) -> Statistics {
+pub fn of_rows<'a, const W: usize>(rows: impl Rows<'a>, dtype: DType, target: DType) -> Statistics {
     vectorised(
         #[inline(always)]
-        || measure::<W>(rows, Range::of(target)),
+        || measure::<W>(rows, dtype, Range::of(target)),
     )
 }
 
 /// One pass for what every tensor has; what lies beyond the target's normal range is counted in a second one, and
 /// elements with surprises (something non-finite, squares beyond f32) are measured anew with all counts.
 #[inline(always)]
-fn measure<'a, const W: usize>(rows: impl Rows<'a>, range: Range) -> Statistics {
-    let (none, sums) = ([0u32; LANES], [0f64; LANES]);
-    let mut lanes = Ordinary { largest: none, smallest: [u32::MAX; LANES], zero: none, squares: sums, sum: sums };
-    let whole = whole_groups::<W>(rows);
-    lanes.take_groups::<W>(rows, whole);
-    for i in whole * (RUN / W)..rows.count() {
-        lanes.take(rows.row(i));
+fn measure<'a, const W: usize>(rows: impl Rows<'a>, dtype: DType, range: Range) -> Statistics {
+    let (taken, mut all) = of_groups::<W>(rows, dtype);
+    if taken < rows.count() {
+        let mut lanes = Lanes::nothing();
+        for i in taken..rows.count() {
+            lanes.take(rows.row(i));
+        }
+        all = all.and(lanes.fold());
     }
-    let largest = lanes.largest.iter().fold(0, |a, &b| a.max(b));
-    let smallest = lanes.smallest.iter().fold(u32::MAX, |a, &b| a.min(b)).wrapping_add(1);
+    let (largest, smallest) = (all.largest, all.smallest.wrapping_add(1));
     if largest != 0 && !SQUARABLE.contains(&largest) {
         return measure_all(rows, range);
     }
     let mut found = Statistics {
         elements: length(rows),
-        zero: lanes.zero.iter().map(|&count| u64::from(count)).sum(),
+        zero: all.zero.into(),
         max_abs: f32::from_bits(largest),
         min_abs: f32::from_bits(smallest),
-        sum_squares: lanes.squares.iter().sum(),
-        sum: lanes.sum.iter().sum(),
+        sum_squares: all.squares,
         ..Statistics::default()
     };
     if largest >= range.infinite || smallest < range.normal && smallest != 0 {
@@ -146,15 +197,16 @@ fn measure<'a, const W: usize>(rows: impl Rows<'a>, range: Range) -> Statistics 
     found
 }
 
-/// Whole [`RUN`]s of rows that are W long.
+/// How many rows, from the first on, are W long.
 #[inline(always)]
-fn whole_groups<'a, const W: usize>(rows: impl Rows<'a>) -> usize {
-    let mut whole = rows.count();
-    while whole > 0 && rows.row(whole - 1).len() != W {
-        // All rows but the last are as long as the first.
-        whole = if rows.row(0).len() == W { whole - 1 } else { 0 };
+fn whole_rows<'a, const W: usize>(rows: impl Rows<'a>) -> usize {
+    // All rows but the last are as long as the first.
+    match rows.count() {
+        0 => 0,
+        n if rows.row(n - 1).len() == W => n,
+        n if rows.row(0).len() == W => n - 1,
+        _ => 0,
     }
-    whole / (RUN / W)
 }
 
 #[inline(always)]
@@ -210,5 +262,4 @@ fn merge(whole: &mut Statistics, part: &Statistics) {
         whole.min_abs = part.min_abs;
     }
     whole.sum_squares += part.sum_squares;
-    whole.sum += part.sum;
 }

@@ -70,7 +70,7 @@ pub struct Measured {
 impl Measured {
     /// The statistics of x, whose buffer this belongs to, if they are of these units and against this dtype.
     pub fn of(&self, x: &Tensor, units: &[usize], target: DType) -> Option<&[Statistics]> {
-        let Meter { expected, columns, target: against } = &self.by;
+        let Meter { expected, columns, target: against, .. } = &self.by;
         let same = expected.units == units && *columns == x.columns() && *against == target;
         same.then_some(&self.statistics)
     }
@@ -81,6 +81,7 @@ impl Measured {
 pub(super) struct Meter {
     expected: Arc<Expected>,
     columns: usize,
+    dtype: DType,
     target: DType,
 }
 
@@ -113,7 +114,7 @@ impl CpuDevice {
         let units = &expected.units;
         let ordered = units.first() == Some(&0) && units.is_sorted();
         let fits = columns > 0 && ordered && units.last() == Some(&rows.iter().product());
-        fits.then(|| Meter { target: expected.target.unwrap_or(dtype), expected, columns })
+        fits.then(|| Meter { target: expected.target.unwrap_or(dtype), expected, columns, dtype })
     }
 
     /// As `Workers::rows`, for a tensor of this shape and dtype, which is measured if that is expected. `columns` may
@@ -135,7 +136,7 @@ impl CpuDevice {
             // SAFETY: pieces do not overlap.
             let run = unsafe { shared.slice(first, n) };
             f(first / columns, run);
-            measure::of_run(run, meter.target)
+            measure::of_run(run, meter.dtype, meter.target)
         });
         out.keep(meter.measured(pieces.iter().zip(&parts).map(|((unit, _), part)| (*unit, part))));
     }
@@ -150,7 +151,7 @@ impl CpuDevice {
         f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
     ) {
         let Some(meter) = self.meter(shape, dtype) else {
-            return self.workers.rows2((a, b), (columns, columns), cost, f);
+            return self.workers.rows2((a, b), columns, cost, f);
         };
         let pieces = meter.cut((PIECE / 2 / meter.columns).max(1));
         let work = a.len() * cost;
@@ -160,7 +161,7 @@ impl CpuDevice {
             // SAFETY: pieces do not overlap.
             let (a, b) = unsafe { (shared.0.slice(first, n), shared.1.slice(first, n)) };
             f(first / columns, a, b);
-            [measure::of_run(a, meter.target), measure::of_run(b, meter.target)]
+            [a, b].map(|run| measure::of_run(run, meter.dtype, meter.target))
         });
         for (which, out) in [a, b].into_iter().enumerate() {
             out.keep(meter.measured(pieces.iter().zip(&parts).map(|((unit, _), parts)| (*unit, &parts[which]))));
@@ -199,7 +200,7 @@ impl Cells {
         for (i, (_, rows)) in self.runs.iter().enumerate().skip(from).take_while(|(_, (_, run))| run.end <= end) {
             for first in columns.clone().step_by(self.width) {
                 let tile = tile(rows.clone(), first..(first + self.width).min(columns.end));
-                let found = measure::of_rows::<TILE_COLUMNS>(&tile, self.meter.target);
+                let found = measure::of_rows::<TILE_COLUMNS>(&tile, self.meter.dtype, self.meter.target);
                 // Each cell is measured once.
                 _ = self.cells[i * tiles + first / self.width].set(found);
             }

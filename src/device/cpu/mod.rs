@@ -15,6 +15,8 @@ mod math;
 mod measure;
 #[cfg(target_arch = "x86_64")]
 mod measure_avx512;
+#[cfg(target_arch = "x86_64")]
+mod measure_bf16;
 mod meter;
 mod norm;
 mod optimizer;
@@ -54,8 +56,8 @@ impl Device for CpuDevice {
     fn name(&self) -> String {
         "cpu".to_string()
     }
-    /// Products of bf16 operands differ between AVX512-BF16 and the rest (subnormals, rounding of pairs); all else
-    /// gives the same bits at every level.
+    /// Products and sums of squares of bf16 differ between AVX512-BF16 and the rest (subnormals, rounding of pairs); all
+    /// else gives the same bits at every level.
     fn fingerprint(&self) -> String {
         format!("cpu {} {}", std::env::consts::ARCH, simd::level().name())
     }

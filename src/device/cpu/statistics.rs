@@ -23,7 +23,7 @@ impl CpuDevice {
         let pieces = pieces(units, x.columns());
         let parts = self.workers.map(pieces.len(), x.elements(), |i| {
             let (_, at, n) = pieces[i];
-            with_values(&source, at, n, |values| measure::of_run(values, target))
+            with_values(&source, at, n, |values| measure::of_run(values, x.dtype, target))
         });
         let parts = pieces.iter().zip(&parts).map(|(&(unit, ..), part)| (unit, part));
         Ok(measure::merged(units.len() - 1, parts))

@@ -218,28 +218,24 @@ impl Workers {
         });
     }
 
-    /// As [`Self::rows`] for two outputs with the same rows; `columns` of each.
+    /// As [`Self::rows`] for two outputs of the same shape.
     pub fn rows2(
         &self,
         (a, b): (&mut [f32], &mut [f32]),
-        columns: (usize, usize),
+        columns: usize,
         cost: usize,
         f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
     ) {
-        let columns = (columns.0.max(1), columns.1.max(1));
-        let (work, rows) = (a.len() * cost, a.len() / columns.0);
-        assert!(b.len() >= rows * columns.1);
+        let columns = columns.max(1);
+        let (work, rows) = (a.len() * cost, a.len() / columns);
+        assert!(b.len() >= rows * columns);
         let tasks = self.pieces(rows, work);
         let (a, b) = (Shared::new(a), Shared::new(b));
         self.each(tasks, work, |task| {
             let rows = rows * task / tasks..rows * (task + 1) / tasks;
+            let (first, n) = (rows.start * columns, rows.len() * columns);
             // SAFETY: the runs of different tasks do not overlap.
-            let (a, b) = unsafe {
-                (
-                    a.slice(rows.start * columns.0, rows.len() * columns.0),
-                    b.slice(rows.start * columns.1, rows.len() * columns.1),
-                )
-            };
+            let (a, b) = unsafe { (a.slice(first, n), b.slice(first, n)) };
             f(rows.start, a, b);
         });
     }

@@ -27,7 +27,6 @@ struct Chunk {
 #[repr(C)]
 pub(super) struct Partial {
     sum_squares: f64,
-    sum: f64,
     nan: u64,
     pos_inf: u64,
     neg_inf: u64,
@@ -171,7 +170,6 @@ impl Partial {
             max_abs: self.max_abs,
             min_abs: if self.min_abs.is_finite() { self.min_abs } else { 0.0 },
             sum_squares: self.sum_squares,
-            sum: self.sum,
         }
     }
 

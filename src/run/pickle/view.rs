@@ -106,22 +106,30 @@ impl<'a> View<'a> {
     }
     /// Plain JSON of the value: enums as their text, other objects as null. Nesting deeper than `depth` is null.
     pub fn to_json(self, depth: usize) -> serde_json::Value {
+        // Values may be shared, so that a short pickle can stand for more of them than memory holds.
+        const MOST: usize = 1 << 20;
+        self.json(depth, &mut { MOST })
+    }
+
+    /// `left`: values that may still be written; null from there on.
+    fn json(self, depth: usize, left: &mut usize) -> serde_json::Value {
         use serde_json::Value as J;
-        if depth == 0 {
+        if depth == 0 || *left == 0 {
             return J::Null;
         }
+        *left -= 1;
         match self.node() {
             Node::Bool(b) => J::Bool(*b),
             Node::Int(i) => J::from(*i),
             Node::Float(f) => super::super::json::number(*f),
             Node::List(_) | Node::Tuple(_) => {
-                J::Array(self.elements().unwrap_or_default().into_iter().map(|v| v.to_json(depth - 1)).collect())
+                J::Array(self.elements().unwrap_or_default().into_iter().map(|v| v.json(depth - 1, left)).collect())
             }
             Node::Dict(_) => J::Object(
                 self.entries()
                     .unwrap_or_default()
                     .into_iter()
-                    .filter_map(|(k, v)| Some((k.as_str()?.to_owned(), v.to_json(depth - 1))))
+                    .filter_map(|(k, v)| Some((k.as_str()?.to_owned(), v.json(depth - 1, left))))
                     .collect(),
             ),
             _ => self.as_str().map_or(J::Null, J::from),

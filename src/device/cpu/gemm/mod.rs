@@ -33,7 +33,7 @@ use super::{Buffer, CpuDevice};
 use crate::device::{Compute, DType};
 
 /// Panels of rows that go to one task, and are measured, together.
-const PANELS: usize = 4;
+const PANELS: usize = 8;
 
 /// One product and what happens to its result.
 pub struct Product<'a> {
