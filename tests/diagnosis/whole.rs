@@ -172,7 +172,7 @@ fn a_bit_that_flipped_is_found_though_dropout_drew_and_a_checkpoint_holds_the_da
 /// The log of a healthy run, with what a small flip would have made of it.
 fn with_a_small_flip(replayer: &Replayer, step: u64) -> Subject<'_> {
     let flip =
-        BitFlip { step, target: FlipTarget::LoraB, tensor: "layers.1.mlp.down_proj".into(), element: 7, bit: 26 };
+        BitFlip { step, target: FlipTarget::LoraB, tensor: "layers.1.mlp.down_proj".into(), element: 11, bit: 26 };
     let flips = [Intervention::FlipBit(flip)];
     let steps = replayer.replay(&Start::Checkpoint(24), 48, &flips, &mut Silent).expect("a trace").steps;
     let mut subject = Subject::new(replayer.run(), *replayer.scene().engine.plan(), Some(replayer.corpus()));
