@@ -5,14 +5,11 @@
 
 use super::SpikeKind;
 use super::explosion::gradient_spikes;
-use super::past::{MIN_DIVERGENCE, MIN_JUMP, Past, RECENT, STEEP, SUSTAIN, quantile};
+use super::past::{MIN_DIVERGENCE, MIN_JUMP, Past, RECENT, STAYING, STEEP, SUSTAIN, quantile};
 use crate::run::LogRow;
 
 /// Heights are natural logarithms, bounded here: beyond e⁶ ≈ 400× more height means nothing more.
 pub const MAX_HEIGHT: f64 = 6.0;
-/// … and, the more rows stay up the fewer, so many standard deviations: that the lowest of n normal values beats
-/// the low of those before it by this much happens by chance in none of a million rows.
-const STAYING: [(usize, f64); 3] = [(SUSTAIN, 5.0), (8, 3.5), (16, 2.5)];
 /// A peak at every epoch boundary counts from this factor on.
 const MIN_BOUNDARY: f64 = 1.25;
 /// A jump stands above the highest of the recent rows by this factor.
@@ -27,6 +24,8 @@ pub(super) const NOISE: usize = 16;
 const PEAK: usize = 3;
 /// A rise that lasts longer than this many rows did not come back by itself.
 const LASTING: usize = 8;
+/// Samples that average out what single ones differ by: the accumulation of LLaMA-Factory's examples.
+const MANY: usize = 8;
 
 /// What the log alone does not say.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -38,6 +37,8 @@ pub struct Context {
     /// Entropy of a uniform guess is ln of it.
     pub vocab_size: Option<usize>,
     pub accumulation: usize,
+    /// Samples whose mean is a row's loss; 0: not known.
+    pub samples: usize,
 }
 
 /// One episode of the log.
@@ -85,6 +86,9 @@ pub fn effective(rows: &[LogRow]) -> Vec<LogRow> {
 fn loss_spikes(rows: &[LogRow], context: &Context) -> Vec<Found> {
     let mut found: Vec<Found> = Vec::new();
     let mut past = Past::default();
+    // Rises that are none by themselves, each at most two rows after the one before, as in [`merged`].
+    let mut shallow: Vec<Found> = Vec::new();
+    let within = |shallow: &[Found], step: u64, after: u64| shallow.last().is_some_and(|s| step <= s.until + after);
     let mut index = 0;
     while index < rows.len() {
         let Some(loss) = rows[index].loss else {
@@ -96,16 +100,37 @@ fn loss_spikes(rows: &[LogRow], context: &Context) -> Vec<Found> {
         } else if loss == 0.0 && !past.may_round_to_zero(context) {
             Some(broken_episode(rows, index, SpikeKind::MaskedNan))
         } else {
-            rise(rows, index, &past)
+            let few = few(context, &rows[index]);
+            match rise(rows, index, &past, few) {
+                Some((found, stays)) if !stays && few && !past.stands_out(loss) => {
+                    if !within(&shallow, found.step, 2) {
+                        shallow.clear();
+                    }
+                    if !within(&shallow, found.step, 0) {
+                        shallow.push(found);
+                    }
+                    None
+                }
+                rise => rise.map(|(found, _)| found),
+            }
         };
         match episode {
             Some(episode) => {
                 index = rows[index..].iter().position(|r| r.step > episode.until).map_or(rows.len(), |n| index + n);
+                // What stays begins with the rises from which the loss hardly came back.
+                if episode.kind == SpikeKind::Divergence && within(&shallow, episode.step, 2) {
+                    found.append(&mut shallow);
+                }
+                shallow.clear();
                 found.push(episode);
                 past.gap = true;
             }
+            None if within(&shallow, rows[index].step, 0) => {
+                past.skip(loss);
+                index += 1;
+            }
             None => {
-                past.push(loss);
+                past.push(loss, samples(context, &rows[index]) >= MANY);
                 index += 1;
             }
         }
@@ -113,32 +138,48 @@ fn loss_spikes(rows: &[LogRow], context: &Context) -> Vec<Found> {
     without_oscillation(merged(found), rows)
 }
 
-/// A jump or a divergence that starts at `index`, where the loss is finite.
-fn rise(rows: &[LogRow], index: usize, past: &Past) -> Option<Found> {
+/// Where few samples make a row, one that is easy for once makes the next one a jump: it is one if it stands out of more
+/// rows than that, or begins what stays.
+fn few(context: &Context, row: &LogRow) -> bool {
+    (1..MANY).contains(&samples(context, row))
+}
+
+fn samples(context: &Context, row: &LogRow) -> usize {
+    context.samples.saturating_mul(usize::try_from(row.window.max(1)).unwrap_or(usize::MAX))
+}
+
+/// A jump or a divergence that starts at `index`, where the loss is finite, and whether it or a part of it stays.
+fn rise(rows: &[LogRow], index: usize, past: &Past, few: bool) -> Option<(Found, bool)> {
     let loss = rows[index].loss?;
     let recent = past.minimum(RECENT)?;
     let long = past.low()?;
-    let lowest = |rows_ahead: usize| {
-        let ahead = rows[index..].iter().filter_map(|r| r.loss).take(rows_ahead);
+    let lowest = |from: usize, rows_ahead: usize| {
+        let ahead = rows[from..].iter().filter_map(|r| r.loss).take(rows_ahead);
         ahead.fold((0, f64::INFINITY), |(count, least), loss| (count + 1, least.min(loss)))
     };
     let climbs = (loss / recent).ln();
     // Most rows do neither; what noise explains need not be known for them.
-    if climbs < MIN_JUMP.ln() && (lowest(SUSTAIN).1 / long).ln() < MIN_DIVERGENCE.ln() {
+    if climbs < MIN_JUMP.ln() && (lowest(index, SUSTAIN).1 / long).ln() < MIN_DIVERGENCE.ln() {
         return None;
     }
     let threshold = past.threshold();
-    let staying = STAYING.iter().find_map(|&(count, deviations)| {
-        let (there, least) = lowest(count);
-        let enough = past.divergence_threshold(least, deviations);
-        let long_enough = there == count || (count == SUSTAIN && there >= 2);
-        (long_enough && (least / long).ln() >= enough).then_some(enough)
-    });
-    let stays = staying.is_some();
+    let staying = |from: usize| {
+        STAYING.iter().enumerate().find_map(|(which, &(count, _))| {
+            let (there, least) = lowest(from, count);
+            // Two samples that end a log may be two hard ones.
+            let long_enough = there == count || (count == SUSTAIN && there >= 2 && !few);
+            // A rise that is none needs no noise.
+            let climbs = (least / long).ln();
+            let enough =
+                (long_enough && climbs >= MIN_DIVERGENCE.ln()).then(|| past.divergence_threshold(least, which))?;
+            (climbs >= enough).then_some(enough)
+        })
+    };
+    let stays = staying(index);
     // Above the easy row before it is not enough: it must stand above the hard ones too.
     let clear = loss >= CLEAR * past.maximum(RECENT) || (!past.knows_noise() && climbs >= STEEP.ln());
     let jumps = clear && (climbs >= threshold || past.passes_the_start(loss, climbs));
-    if !stays && !jumps {
+    if stays.is_none() && !jumps {
         return None;
     }
     let before = if jumps { recent } else { long };
@@ -148,7 +189,8 @@ fn rise(rows: &[LogRow], index: usize, past: &Past) -> Option<Found> {
     if let Some(broken) = rows[index..end].iter().position(|r| r.loss.is_some_and(|l| l == 0.0 || !l.is_finite())) {
         end = index + broken;
     }
-    Some(measured(rows, index, end, before, staying.unwrap_or(threshold).min(threshold), stays))
+    let found = measured(rows, index, end, before, stays.unwrap_or(threshold).min(threshold), stays.is_some());
+    Some((found, stays.is_some() || (index + 1..end).any(|from| staying(from).is_some())))
 }
 
 /// Height, peak and step of the episode `index..end`.
@@ -262,7 +304,7 @@ fn boundary_spikes(rows: &[LogRow], taken: &[Found]) -> Vec<Found> {
     for (i, w) in rows.windows(3).enumerate() {
         let (Some(before), Some(at), Some(after)) = (w[0].loss, w[1].loss, w[2].loss) else { continue };
         if before.is_finite() && before > 0.0 {
-            past.push(before);
+            past.push(before, false);
         }
         if !crosses(w) {
             continue;

@@ -146,7 +146,14 @@ impl<'a> Subject<'a> {
             rounds_loss: self.run.semantics.rounds_loss,
             vocab_size,
             accumulation: self.run.config.gradient_accumulation_steps,
+            samples: self.samples(),
         }
+    }
+
+    /// Samples of an update.
+    pub fn samples(&self) -> usize {
+        let config = &self.run.config;
+        config.gradient_accumulation_steps * config.per_device_train_batch_size * config.world_size.max(1)
     }
 
     /// Half a unit of the last decimal of a logged loss.

@@ -11,7 +11,7 @@ const MIN_JUMP_SHORT: f64 = 3.0;
 const MIN_JUMP_PAST_START: f64 = 2.0;
 /// A loss that falls by more than this (in ln) from row to row is in its fast descent.
 const DESCENT: f64 = 0.1;
-/// A rise that stays: every one of [`SUSTAIN`] rows is this factor above the low of the [`LONG`] rows before. Staying says
+/// A rise that stays: every one of its rows is this factor above the low of the [`LONG`] rows before. Staying says
 /// more than height: little noise keeps four rows up.
 pub(super) const MIN_DIVERGENCE: f64 = 1.7;
 /// … and this factor (in ln) above the highest such rise seen before: sources and lengths that come in groups.
@@ -19,6 +19,9 @@ const BEYOND_USUAL: f64 = 1.5;
 /// With so few differences nothing that rises by this factor is called noise: a bad row may be in every other line of a
 /// short log.
 pub(super) const STEEP: f64 = 8.0;
+/// Rows that stay up and, the more they are the fewer, by so many standard deviations: that the lowest of n normal values
+/// beats the low of those before it by this much happens by chance in none of a million rows.
+pub(super) const STAYING: [(usize, f64); 4] = [(SUSTAIN, 5.0), (8, 3.5), (16, 2.0), (32, 1.5)];
 pub(super) const ENOUGH: usize = 6;
 pub(super) const SUSTAIN: usize = 4;
 /// Rows that make the minimum a jump is measured from.
@@ -35,6 +38,20 @@ const SETTLED: usize = 36;
 /// the deviation itself is known to a third.
 const DEVIATIONS: f64 = 6.0;
 
+/// Rows without any noise that say that the noise of the rows before them is over …
+const CALM: usize = 8;
+/// … when the wildest of them stays this many times below the rises there were, of some four deviations: by chance, in
+/// none of a million stretches.
+const CALMER: f64 = 24.0;
+/// A rise counts as usual in a calm when it came out of one, no more than this many times as restless.
+const LIKEWISE: f64 = 2.0;
+/// Rows that a row of a window of few rows has to stand out of …
+const AROUND: usize = 8;
+/// … by so many of their standard deviations, and above all of so many more. In ln such a log is all depths: an easy row
+/// makes the next one a rise.
+const OUTSTANDING: f64 = 5.0;
+const ABOVE: usize = 24;
+
 /// The unflagged rows before the current one.
 #[derive(Default)]
 pub(super) struct Past {
@@ -43,29 +60,44 @@ pub(super) struct Past {
     logs: Vec<f64>,
     /// Δ ln loss between neighbours.
     moves: Vec<f64>,
-    /// ln(loss / minimum of the [`RECENT`] rows before), of every row that has one.
-    rises: Vec<f64>,
-    /// ln(lowest of [`SUSTAIN`] rows / low of the [`LONG`] rows before them), of every row that begins so many.
-    stays: Vec<f64>,
+    /// ln(loss / minimum of the [`RECENT`] rows before), of every row that has one, and [`Past::calm`] before it.
+    rises: Vec<(f64, f64)>,
+    /// ln(lowest of so many rows / low of the [`LONG`] rows before them), of every row that begins so many: for each of
+    /// [`STAYING`].
+    stays: [Vec<f64>; STAYING.len()],
+    /// The last row is the mean of many samples.
+    many: bool,
+    /// The rows before the current one, those included that are no noise and no spike.
+    around: Vec<f64>,
     /// An episode lies between the last value and the next one: their difference is not noise.
     pub gap: bool,
 }
 
 impl Past {
-    pub fn push(&mut self, loss: f64) {
+    /// `many`: so many samples make the row that no kind of rows is alone in it.
+    pub fn push(&mut self, loss: f64, many: bool) {
         if let (Some(&last), false) = (self.losses.last(), self.gap) {
             self.moves.push((loss / last).ln());
         }
         if let Some(recent) = self.minimum(RECENT) {
-            self.rises.push((loss / recent).ln());
+            self.rises.push(((loss / recent).ln(), self.calm()));
+            self.many = many;
         }
         self.gap = false;
+        self.around.push(loss);
         self.losses.push(loss);
         self.logs.push(loss.ln());
-        if let Some(first) = self.logs.len().checked_sub(SUSTAIN).filter(|first| *first > 0) {
-            let lowest = self.logs[first..].iter().copied().fold(f64::INFINITY, f64::min);
-            self.stays.push(lowest - low(&self.logs[..first]));
+        for (stays, (count, _)) in self.stays.iter_mut().zip(STAYING) {
+            if let Some(first) = self.logs.len().checked_sub(count).filter(|first| *first > 0) {
+                let lowest = self.logs[first..].iter().copied().fold(f64::INFINITY, f64::min);
+                stays.push(lowest - low(&self.logs[..first]));
+            }
         }
+    }
+    /// A row too high for noise that is no spike either.
+    pub fn skip(&mut self, loss: f64) {
+        self.around.push(loss);
+        self.gap = true;
     }
     /// The larger of an estimate over the last [`STEADY`] rows and one over [`LONG`], once there are [`SETTLED`]: few
     /// rows of noise look quiet by chance now and then.
@@ -91,6 +123,24 @@ impl Past {
             (squares.sum::<f64>() / rows as f64 / 0.75).sqrt()
         })
     }
+    /// The deviation that would explain the wildest of the last [`CALM`] rows.
+    fn calm(&self) -> f64 {
+        if self.logs.len() < CALM {
+            return f64::INFINITY;
+        }
+        let second = tail(&self.logs, CALM).windows(3).map(|w| (w[2] - 2.0 * w[1] + w[0]).abs());
+        second.fold(0.0, f64::max) / f64::sqrt(6.0)
+    }
+    /// The rise that noise makes now and then: the second largest of the longer past. Where rows have calmed down, only
+    /// those count that came out of a calm as well: before it was an instability that has died down.
+    fn usual(&self) -> f64 {
+        let second = |likewise: f64| {
+            let rises = tail(&self.rises, LONG).iter().filter(|(_, calm)| *calm <= likewise);
+            sorted(rises.map(|(rise, _)| -rise)).get(1).map_or(0.0, |rise| -rise)
+        };
+        let (all, calm) = (second(f64::INFINITY), self.calm());
+        if self.many && CALMER * calm <= all { second(LIKEWISE * calm) } else { all }
+    }
     /// What a rise that stays is measured from.
     pub fn low(&self) -> Option<f64> {
         (!self.logs.is_empty()).then(|| low(&self.logs).exp())
@@ -110,8 +160,7 @@ impl Past {
         let trend = quantile(&moves, 0.5);
         let about = sorted(moves.iter().map(|m| (m - trend).abs()));
         let upwards = sorted(moves.iter().map(|m| m.max(0.0)));
-        let rises = sorted(tail(&self.rises, LONG).iter().map(|rise| -rise));
-        let usual = rises.get(1).map_or(0.0, |rise| -BEYOND_USUAL * rise);
+        let usual = BEYOND_USUAL * self.usual();
         let steady = DEVIATIONS * self.deviation();
         (4.0 * quantile(&about, 0.5)).max(1.6 * quantile(&upwards, 0.9)).max(usual).max(steady)
     }
@@ -126,11 +175,12 @@ impl Past {
     pub fn knows_noise(&self) -> bool {
         self.moves.len() >= ENOUGH
     }
-    /// Least ln-rise of rows together, the lowest of them `lowest`, that noise of so many `deviations` does not
-    /// explain. Where the noise is unknown the rows must pass what the run started from, or rise as clearly as a
+    /// Least ln-rise of the rows of `STAYING[which]` together, the lowest of them `lowest`, that noise does not explain.
+    /// Where the noise is unknown the rows must pass what the run started from, or rise as clearly as a
     /// single one.
-    pub fn divergence_threshold(&self, lowest: f64, deviations: f64) -> f64 {
-        let usual = tail(&self.stays, LONG).iter().copied().fold(0.0, f64::max);
+    pub fn divergence_threshold(&self, lowest: f64, which: usize) -> f64 {
+        let deviations = STAYING[which].1;
+        let usual = tail(&self.stays[which], LONG).iter().copied().fold(0.0, f64::max);
         let known = self.knows_noise() || lowest >= self.start();
         let floor = if known { MIN_DIVERGENCE } else { MIN_JUMP_SHORT };
         floor.ln().max(deviations * self.upward_deviation()).max(BEYOND_USUAL * usual)
@@ -141,6 +191,18 @@ impl Past {
         let floor = if loss >= MIN_JUMP * self.start() { MIN_JUMP_PAST_START } else { MIN_JUMP_SHORT };
         let least = floor.ln().max(DEVIATIONS * self.upward_deviation());
         self.losses.len() >= RECENT && loss >= self.start() && rise >= least
+    }
+    /// Of a log whose rows are the losses of few samples: as a loss, not only as a ratio, it is beyond those before it.
+    pub fn stands_out(&self, loss: f64) -> bool {
+        let around = tail(&self.around, AROUND);
+        if around.len() < AROUND {
+            return true;
+        }
+        let mean = around.iter().sum::<f64>() / around.len() as f64;
+        let squares = around.iter().map(|l| (l - mean).powi(2)).sum::<f64>();
+        let deviation = (squares / (AROUND - 1) as f64).sqrt();
+        let highest = tail(&self.around, ABOVE).iter().copied().fold(0.0, f64::max);
+        loss >= highest.max(mean + OUTSTANDING * deviation)
     }
     /// Highest of the first rows.
     fn start(&self) -> f64 {
@@ -157,7 +219,7 @@ fn low(logs: &[f64]) -> f64 {
     recent.get(recent.len() / 20).copied().unwrap_or(f64::NAN)
 }
 
-fn tail(values: &[f64], count: usize) -> &[f64] {
+fn tail<T>(values: &[T], count: usize) -> &[T] {
     &values[values.len().saturating_sub(count)..]
 }
 

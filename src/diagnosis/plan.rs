@@ -325,7 +325,7 @@ fn clipping(subject: &Subject<'_>) -> Option<Proposal> {
 fn accumulation(subject: &Subject<'_>) -> Option<Proposal> {
     let config = &subject.run.config;
     let now = config.gradient_accumulation_steps;
-    if now * config.per_device_train_batch_size * config.world_size.max(1) >= ACCUMULATION {
+    if subject.samples() >= ACCUMULATION {
         return None;
     }
     let key = "gradient_accumulation_steps";

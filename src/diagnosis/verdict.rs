@@ -17,8 +17,9 @@ pub fn judge(evidence: &Evidence) -> Verdict {
     if matches!(cause, Cause::Hardware | Cause::None) {
         also.clear();
     }
-    // Bad rows are learned and a flipped bit stays, even where the loss comes back at once.
-    let stays = matches!(cause, Cause::Data | Cause::Hardware);
+    // Bad rows are learned and a flipped bit stays, even where the loss comes back at once; and what a loss that comes
+    // back late had to learn again is lost.
+    let stays = matches!(cause, Cause::Data | Cause::Hardware) || evidence.kind == SpikeKind::Divergence;
     let harmful = cause != Cause::None && (evidence.harmful || stays);
     let summary = super::summary::of(evidence, cause, confidence);
     Verdict { cause, also_sufficient: also, confidence, harmful, summary }

@@ -170,6 +170,8 @@ pub fn context(replayer: &Replayer) -> detect::Context {
         rounds_loss: false,
         vocab_size: Some(replayer.corpus().vocab_size),
         accumulation: replayer.run().config.gradient_accumulation_steps,
+        // Cells differ in it, and one height is to compare them.
+        samples: 0,
     }
 }
 

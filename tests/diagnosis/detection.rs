@@ -291,3 +291,58 @@ fn the_larger_of_two_spikes_rose_farther_or_more_sharply() {
     assert!(both[0].height > both[1].height, "the first is the sharper one: {both:?}");
     assert!(height::size(&rows, &both[1]) > height::size(&rows, &both[0]), "{both:?}");
 }
+
+/// Recorded, 8 samples a row: unstable at its peak rate, calm at the end of a cycle, and a restart at step 37.
+#[rustfmt::skip]
+const RESTARTED: [f64; 48] = [
+    3.18, 3.14, 2.44, 1.80, 1.20, 0.672, 0.358, 0.517, 0.221, 0.515, 0.213, 0.866, 0.162, 0.337, 1.19, 3.47,
+    1.24, 1.52, 0.683, 0.507, 0.362, 0.248, 0.170, 0.123, 0.107, 0.125, 0.164, 0.151, 0.102, 0.086, 0.080,
+    0.072, 0.068, 0.068, 0.067, 0.066, 0.065, 0.258, 0.182, 0.715, 1.48, 0.450, 0.305, 0.193, 0.159, 0.167,
+    0.128, 0.104,
+];
+
+/// Recorded, healthy, one sample a row: the last steps up to and past an easy one.
+#[rustfmt::skip]
+const EASY_ROW: [f64; 56] = [
+    0.554, 0.536, 0.635, 0.165, 0.449, 0.142, 0.668, 0.643, 0.390, 0.365, 0.314, 0.615, 0.574, 0.495, 0.353,
+    0.382, 0.451, 0.441, 0.191, 0.405, 0.392, 0.351, 0.352, 0.318, 0.313, 0.289, 0.267, 0.447, 0.225, 0.272,
+    0.288, 0.416, 0.280, 0.371, 0.252, 0.249, 0.291, 0.255, 0.255, 0.197, 0.176, 0.140, 0.112, 0.432, 0.441,
+    0.392, 0.064, 0.624, 0.318, 0.417, 0.286, 0.277, 0.063, 0.247, 0.495, 0.517,
+];
+
+/// Recorded, one sample a row at a rate for eight: back to where it started, by single rows no higher than others.
+#[rustfmt::skip]
+const BACK_UP: [f64; 120] = [
+    3.64, 3.57, 2.53, 2.72, 3.01, 2.16, 1.61, 2.13, 4.73, 1.59, 0.913, 4.03, 1.01, 1.59, 2.02, 1.02, 0.909,
+    1.13, 0.756, 2.45, 5.06, 1.84, 3.73, 3.28, 3.11, 0.985, 1.27, 0.617, 3.04, 3.86, 1.50, 0.925, 1.00, 0.531,
+    5.02, 1.14, 1.01, 3.18, 2.46, 2.90, 1.58, 4.80, 1.74, 0.581, 0.432, 4.99, 0.490, 1.98, 4.22, 4.17, 0.959,
+    0.592, 3.55, 2.52, 3.29, 3.60, 2.95, 3.78, 2.89, 2.68, 3.64, 3.02, 3.08, 1.82, 2.31, 4.67, 4.08, 2.34, 3.98,
+    3.20, 3.98, 3.10, 2.20, 3.07, 3.29, 2.03, 1.41, 3.88, 2.87, 2.62, 2.06, 2.95, 2.82, 1.77, 3.60, 2.52, 2.27,
+    2.74, 4.19, 3.45, 4.58, 2.77, 3.68, 3.78, 2.22, 3.38, 3.64, 1.98, 3.12, 3.74, 2.14, 4.10, 4.17, 4.99, 4.07,
+    2.02, 3.79, 4.15, 4.80, 2.53, 5.16, 4.06, 4.14, 3.51, 3.93, 4.19, 3.01, 2.90, 2.57, 3.67,
+];
+
+fn found_of(losses: &[f64], samples: usize) -> Vec<(u64, SpikeKind)> {
+    let context = Context { samples, ..Context::default() };
+    spikes(&log(losses), &context).iter().map(|f| (f.step, f.kind)).collect()
+}
+
+#[test]
+fn an_instability_that_has_died_down_does_not_hide_the_next_one() {
+    assert_eq!(found_of(&RESTARTED, 8), [(38, SpikeKind::Divergence)]);
+    assert!(found_of(&RESTARTED[..37], 8).is_empty());
+}
+
+#[test]
+fn a_row_after_an_easy_one_is_no_spike_where_a_row_is_one_sample() {
+    assert_eq!(found_of(&EASY_ROW, 8), [(48, SpikeKind::Jump)]);
+    assert!(found_of(&EASY_ROW, 1).is_empty(), "{:?}", found_of(&EASY_ROW, 1));
+    let mut bad = EASY_ROW;
+    bad[50] = 3.5;
+    assert_eq!(found_of(&bad, 1), [(51, SpikeKind::Jump)], "a bad row stands out of them all the same");
+}
+
+#[test]
+fn a_loss_that_goes_back_to_its_start_among_noisy_rows_has_diverged() {
+    assert!(found_of(&BACK_UP, 1).iter().any(|f| f.1 == SpikeKind::Divergence), "{:?}", found_of(&BACK_UP, 1));
+}
