@@ -294,6 +294,7 @@ fn the_larger_of_two_spikes_rose_farther_or_more_sharply() {
 
 /// Recorded, 8 samples a row: unstable at its peak rate, calm at the end of a cycle, and a restart at step 37.
 #[rustfmt::skip]
+#[allow(clippy::approx_constant)] // what was logged
 const RESTARTED: [f64; 48] = [
     3.18, 3.14, 2.44, 1.80, 1.20, 0.672, 0.358, 0.517, 0.221, 0.515, 0.213, 0.866, 0.162, 0.337, 1.19, 3.47,
     1.24, 1.52, 0.683, 0.507, 0.362, 0.248, 0.170, 0.123, 0.107, 0.125, 0.164, 0.151, 0.102, 0.086, 0.080,
@@ -303,6 +304,7 @@ const RESTARTED: [f64; 48] = [
 
 /// Recorded, healthy, one sample a row: the last steps up to and past an easy one.
 #[rustfmt::skip]
+#[allow(clippy::approx_constant)] // what was logged
 const EASY_ROW: [f64; 56] = [
     0.554, 0.536, 0.635, 0.165, 0.449, 0.142, 0.668, 0.643, 0.390, 0.365, 0.314, 0.615, 0.574, 0.495, 0.353,
     0.382, 0.451, 0.441, 0.191, 0.405, 0.392, 0.351, 0.352, 0.318, 0.313, 0.289, 0.267, 0.447, 0.225, 0.272,
