@@ -139,9 +139,19 @@ fn verdict(certificate: &Certificate) -> String {
     let Envelope { loss, grad_norm } = certificate.envelope;
     match certificate.verdict {
         Reproduction::NoLog => format!("\n{line}\n"),
-        _ => format!(
-            "\n{line}{exact}; largest deviation{line_until}: loss {loss_max_rel:.1e} (allowed {loss:.1e}), \
-             grad_norm {grad_norm_max_rel:.1e} (allowed {grad_norm:.1e})\n"
-        ),
+        _ => {
+            // What differs from the first step on is no event of the run.
+            let hint = match certificate.departs_at {
+                Some(1) => {
+                    "try: `spikeprobe inspect RUN --confirm` tells whether another trainer version's rules give the \
+                     logged losses; also compare model, data and configuration with those of the run\n"
+                }
+                _ => "",
+            };
+            format!(
+                "\n{line}{exact}; largest deviation{line_until}: loss {loss_max_rel:.1e} (allowed {loss:.1e}), \
+                 grad_norm {grad_norm_max_rel:.1e} (allowed {grad_norm:.1e})\n{hint}"
+            )
+        }
     }
 }

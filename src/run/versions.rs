@@ -188,12 +188,16 @@ fn infer_transformers(evidence: &VersionEvidence<'_>) -> Option<(Version, String
     if evidence.model_type == Some("qwen3") {
         range.at_least(4, 51, "the model type qwen3");
     }
-    let why: Vec<String> = range.why.into_iter().flatten().collect();
-    if why.is_empty() {
-        return None;
-    }
     let version = REPRESENTATIVES.into_iter().find(|v| *v >= range.least && *v < range.below)?;
-    Some((version, format!("inferred from {}", why.join("; "))))
+    let Range { least, below, why } = range;
+    let left = match &why {
+        [None, None] => return None,
+        [Some(_), None] => format!("any from {least} on fits"),
+        [None, Some(_)] => format!("any before {below} fits"),
+        [Some(_), Some(_)] => format!("any from {least} to before {below} fits"),
+    };
+    let why: Vec<String> = why.into_iter().flatten().collect();
+    Some((version, format!("inferred from {}; {left}", why.join(" and "))))
 }
 
 /// Fields of TrainingArguments that came or went (sources of 4.45.2, 4.46.3, 4.48.2, 4.51.3, 4.52.4, 4.53.3,
