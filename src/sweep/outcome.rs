@@ -74,7 +74,7 @@ const PATIENCE_SHARE: f64 = 0.05;
 const FAR: f64 = 4.0;
 
 /// The end has risen from the best stretch of the same length when it lies this factor above it, by more standard errors
-/// than [`CERTAIN`], and by this share of the first loss: a noisy loss that came down and crept up again has no spike.
+/// than [`CERTAIN`], and by this share of the first loss: a noisy loss that came down and crept up again may have no spike.
 const RISEN: f64 = 1.5;
 const CERTAIN: f64 = 3.0;
 const RISEN_SHARE: f64 = 0.05;
@@ -326,9 +326,9 @@ mod tests {
 
     #[test]
     fn a_noisy_loss_that_creeps_up_from_its_best_is_not_stable() {
-        let level = |s: u64| if s < 50 { falling(s) } else { 0.12 + (s - 50) as f64 * 0.01 };
+        let level = |s: u64| if s < 50 { falling(s) } else { falling(50) + (s - 50) as f64 * 0.003 };
         let outcome = train((0..100).map(|s| noisy(s, level(s))));
-        assert!(!outcome.stable, "{outcome:?}");
+        assert!(outcome.spikes.is_empty() && !outcome.stable, "{outcome:?}");
     }
 
     #[test]
