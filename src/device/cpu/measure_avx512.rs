@@ -8,7 +8,7 @@ use super::measure::{Ordinary, RUN, Rows};
 
 /// Of these groups of [`RUN`] elements, in rows of W.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,popcnt")]
 pub fn of_groups<'a, const W: usize>(rows: impl Rows<'a>, groups: Range<usize>) -> Ordinary {
     let ones = _mm512_set1_epi32(-1);
     let (mut largest, mut smallest, mut zero) = (_mm512_setzero_si512(), ones, 0);

@@ -11,7 +11,7 @@ const TOGETHER: usize = 32;
 
 /// Of the first `groups` · [`PAIRED`] elements, in rows of W.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,popcnt")]
 pub fn of_groups<'a, const W: usize>(rows: impl Rows<'a>, groups: usize) -> Ordinary {
     let ones = _mm512_set1_epi16(-1);
     let (mut largest, mut smallest, mut zero) = (_mm512_setzero_si512(), ones, 0);

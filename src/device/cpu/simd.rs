@@ -4,11 +4,13 @@
 //! baseline. Rust never contracts a·b + c, and reductions are written with a fixed number of lanes, so the three
 //! give the same bits.
 
+use std::sync::LazyLock;
+
 /// Instruction sets that the kernels distinguish, best last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     Baseline,
-    /// AVX2, FMA, F16C.
+    /// AVX2, FMA, POPCNT.
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
@@ -27,11 +29,17 @@ impl Level {
     }
 }
 
-/// What this processor has; detected once (the standard library caches it).
+/// What this processor has; asked for once.
 pub fn level() -> Level {
+    static LEVEL: LazyLock<Level> = LazyLock::new(detect);
+    *LEVEL
+}
+
+fn detect() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("popcnt");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -56,9 +64,9 @@ pub fn level() -> Level {
 pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     match level() {
-        // SAFETY: `level` found AVX-512 F, BW, DQ, VL, AVX2 and FMA on this processor.
+        // SAFETY: `level` found AVX-512 F, BW, DQ, VL and what AVX2 stands for on this processor.
         Level::Avx512 | Level::Avx512Bf16 => return unsafe { with_avx512(f) },
-        // SAFETY: `level` found AVX2 and FMA on this processor.
+        // SAFETY: `level` found AVX2, FMA and POPCNT on this processor.
         Level::Avx2 => return unsafe { with_avx2(f) },
         Level::Baseline => {}
     }
@@ -66,13 +74,13 @@ pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")]
 unsafe fn with_avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,popcnt")]
 unsafe fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
     f()
 }

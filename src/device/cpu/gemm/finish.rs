@@ -143,8 +143,15 @@ fn write(y: &mut [f32], value: impl Fn(usize) -> f32) {
     }
     match y.first_chunk_mut() {
         Some(whole) => *whole = row,
-        None => y.copy_from_slice(&row[..y.len()]),
+        None => write_part(y, &row),
     }
+}
+
+/// Apart, so that the compiler does not make one call of `memmove` of both.
+#[cold]
+#[inline(never)]
+fn write_part(y: &mut [f32], row: &[f32; COLUMNS]) {
+    y.copy_from_slice(&row[..y.len()]);
 }
 
 #[inline(always)]
