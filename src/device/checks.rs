@@ -1,6 +1,8 @@
 //! Sums of rows and columns, for checksums of products: f32 in as many running sums as a processor keeps in registers,
 //! blocks of them in f64, always in the same order. [`roundings`] says what that costs in accuracy.
 
+use std::sync::Arc;
+
 use super::Offsets;
 
 /// What a row's elements are multiplied with before they are added.
@@ -14,6 +16,18 @@ pub enum Weights<'w> {
 impl Sums {
     pub fn zeros(length: usize) -> Self {
         Self { sums: vec![0.0; length], sizes: vec![0.0; length] }
+    }
+
+    /// Adds others to those from `at` on.
+    pub fn add(&mut self, other: &Self, at: usize) {
+        self.sums[at..].iter_mut().zip(&other.sums).for_each(|(total, x)| *total += x);
+        self.sizes[at..].iter_mut().zip(&other.sizes).for_each(|(total, x)| *total += x);
+    }
+
+    /// Puts others behind them.
+    pub fn append(&mut self, other: &Self) {
+        self.sums.extend_from_slice(&other.sums);
+        self.sizes.extend_from_slice(&other.sizes);
     }
 }
 
@@ -35,11 +49,52 @@ pub struct Sums {
     pub sizes: Vec<f64>,
 }
 
+/// Sums of a matrix's rows or columns, as factors of another one's elements.
+#[derive(Debug, Default)]
+pub struct Factors {
+    pub sums: Vec<f32>,
+    pub sizes: Vec<f32>,
+}
+
+impl Factors {
+    pub fn weights(&self) -> Weights<'_> {
+        Weights::Of(&self.sums, &self.sizes)
+    }
+}
+
+impl From<Sums> for Factors {
+    fn from(from: Sums) -> Self {
+        let narrow = |all: Vec<f64>| all.into_iter().map(|x| x as f32).collect();
+        Self { sums: narrow(from.sums), sizes: narrow(from.sizes) }
+    }
+}
+
+/// That the checksums of a product will be asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Expect {
+    /// Sums of the right operand over the result's columns, where they are known; they may be older than the operand.
+    pub weight: Option<Arc<Factors>>,
+}
+
+/// What a device sums of a product while it computes it: of each row of the result; of a weight's gradient of each column
+/// of a unit (units · columns), or row, whichever are more.
+#[derive(Debug, Clone, Default)]
+pub struct ProductSums {
+    /// The result as it is stored.
+    pub got: Arc<Sums>,
+    /// What the operands of the main product say.
+    pub main: Arc<Sums>,
+    /// What the operands of the low-rank term say, before it is scaled.
+    pub branch: Option<Arc<Sums>>,
+    /// Elements of each sum of the result.
+    pub length: usize,
+}
+
 /// Running sums of a row.
 const LANES: usize = 32;
 /// Elements of a row, and rows of a column, that are added in f32.
 const BLOCK: usize = 4096;
-const DEEP: usize = 64;
+pub const DEEP: usize = 64;
 
 /// f32 roundings that a term of a sum of `terms` undergoes at most: the longest chain, and the fold of [`LANES`] to 8.
 pub fn roundings(terms: usize) -> usize {

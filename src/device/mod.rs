@@ -415,6 +415,13 @@ pub trait Device: Send + Sync {
     fn row_checks(&self, x: &Tensor, weights: &[checks::Weights<'_>]) -> Result<Vec<checks::Sums>> {
         Ok(checks::of_rows(&self.download(x)?, x.columns(), weights))
     }
+    /// A hint, until the next call: checksums of this thread's products will be asked for. The device may take them where
+    /// it computes.
+    fn expect_sums(&self, _of: Option<checks::Expect>) {}
+    /// What was summed of the product y while it was computed, if anything and if y is still what it was.
+    fn product_sums<'t>(&self, _y: &'t Tensor) -> Option<&'t checks::ProductSums> {
+        None
+    }
     /// x [n, k] · w [m, k]ᵀ → [n, m] f32 by the matrix unit itself, no library between; operands stored in `compute`'s
     /// dtype, n a multiple of 16, m of 8, k of 16. `None`: this device has none for this arithmetic.
     fn matrix_unit(&self, _x: &Tensor, _w: &Tensor, _compute: Compute) -> Result<Option<Tensor>> {

@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use memmap2::{MmapMut, MmapOptions};
 
 use super::meter::Measured;
+use crate::device::checks::ProductSums;
 
 /// Elements of the smallest block; smaller buffers are vectors.
 const POOLED: usize = 1 << CLASSES;
@@ -36,6 +37,8 @@ pub struct Buffer {
     length: usize,
     /// Of the elements as they are: whoever may change them loses it, and copies begin without.
     measured: Option<Box<Measured>>,
+    /// The same of a product.
+    sums: Option<Box<ProductSums>>,
 }
 
 #[derive(Debug)]
@@ -172,7 +175,7 @@ impl Buffer {
     pub fn unset(n: usize) -> Self {
         let block = if n < POOLED { None } else { Block::new(n) };
         let memory = block.map_or_else(|| Memory::Vector(Vector::new(n)), Memory::Block);
-        Self { memory, length: n, measured: None }
+        Self { memory, length: n, measured: None, sums: None }
     }
 
     /// n zeros.
@@ -196,6 +199,15 @@ impl Buffer {
     pub fn measured(&self) -> Option<&Measured> {
         self.measured.as_deref()
     }
+
+    /// Keeps what was summed of a product, until the elements may be changed.
+    pub fn keep_sums(&mut self, sums: ProductSums) {
+        self.sums = Some(Box::new(sums));
+    }
+
+    pub fn product_sums(&self) -> Option<&ProductSums> {
+        self.sums.as_deref()
+    }
 }
 
 impl Clone for Buffer {
@@ -217,7 +229,7 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        self.measured = None;
+        (self.measured, self.sums) = (None, None);
         match &mut self.memory {
             Memory::Vector(vector) => &mut vector.0[..self.length],
             // SAFETY: as above, borrowed mutably.

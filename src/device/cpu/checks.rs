@@ -1,11 +1,14 @@
 //! Sums of rows and columns for checksums, in place and on every thread.
 
+use std::cell::RefCell;
+use std::sync::Arc;
+
 use super::CpuDevice;
 use super::simd::vectorised;
 use super::threads::Shared;
 use super::values::{Elements, elements, expect_offsets};
 use crate::Result;
-use crate::device::checks::{Sums, Weights, add_columns, of_row};
+use crate::device::checks::{Expect, Factors, Sums, Weights, add_columns, of_row};
 use crate::device::{Offsets, Tensor};
 
 /// What a task costs, in elements: a few microseconds.
@@ -14,6 +17,20 @@ const TASK: usize = 1 << 15;
 const ROW: usize = 64;
 /// Rows a task where columns are added: partial sums of each are kept.
 const TALL: usize = 512;
+
+thread_local! {
+    static EXPECTED: RefCell<Option<Expect>> = const { RefCell::new(None) };
+}
+
+/// See [`crate::device::Device::expect_sums`].
+pub fn expect(sums: Option<Expect>) {
+    EXPECTED.replace(sums);
+}
+
+/// Whether checksums of this thread's products are expected, and what is known of the right operand.
+pub fn expected() -> Option<Option<Arc<Factors>>> {
+    EXPECTED.with_borrow(|expected| expected.as_ref().map(|expected| expected.weight.clone()))
+}
 
 impl CpuDevice {
     pub(super) fn row_checks_impl(&self, x: &Tensor, weights: &[Weights<'_>]) -> Result<Vec<Sums>> {

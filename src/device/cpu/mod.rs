@@ -32,8 +32,8 @@ pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 pub use math::VectorNorm;
 
-use super::checks::{Sums, Weights};
-use super::{AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Offsets, Statistics, Tensor};
+use super::checks::{Expect, ProductSums, Sums, Weights};
+use super::{AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Offsets, Statistics, Storage, Tensor};
 use crate::Result;
 use values::{expect, tensor, values as values_of};
 
@@ -239,5 +239,14 @@ impl Device for CpuDevice {
     }
     fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<Sums> {
         self.column_checks_impl(x, units)
+    }
+    fn expect_sums(&self, of: Option<Expect>) {
+        checks::expect(of);
+    }
+    fn product_sums<'t>(&self, y: &'t Tensor) -> Option<&'t ProductSums> {
+        match &y.storage {
+            Storage::Cpu(buffer) => buffer.product_sums(),
+            _ => None,
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Again, Hooked, Product, Sees};
 use crate::Result;
-use crate::device::checks::{Sums, Weights};
+use crate::device::checks::{Expect, ProductSums, Sums, Weights};
 use crate::device::{
     AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Norm, Offsets, PendingNorms, Statistics, Tensor,
     Update, parts,
@@ -47,6 +47,12 @@ impl Device for Hooked {
     fn column_checks(&self, x: &Tensor, units: Offsets<'_>) -> Result<Sums> {
         self.inner.column_checks(x, units)
     }
+    fn expect_sums(&self, of: Option<Expect>) {
+        self.inner.expect_sums(of);
+    }
+    fn product_sums<'t>(&self, y: &'t Tensor) -> Option<&'t ProductSums> {
+        self.inner.product_sums(y)
+    }
 
     // ---- data movement that rounds or reorders
     fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
@@ -72,14 +78,15 @@ impl Device for Hooked {
             Ok(vec![on.device.linear(&on.bring(x)?, &on.bring(w)?, bias.as_ref(), compute, out)?])
         };
         let product = Product::Forward { x, w, bias, compute };
-        let [y] = self.seen("linear", &[x, w], Some(product), again, [self.inner.linear(x, w, bias, compute, out)?])?;
+        let y = self.product(&product, |inner| inner.linear(x, w, bias, compute, out))?;
+        let [y] = self.seen("linear", &[x, w], Some(product), again, [y])?;
         Ok(y)
     }
     fn linear_input_grad(&self, dy: &Tensor, w: &Tensor, compute: Compute, out: DType) -> Result<Tensor> {
         let again: Again<'_> =
             &|on| Ok(vec![on.device.linear_input_grad(&on.bring(dy)?, &on.bring(w)?, compute, out)?]);
         let product = Product::InputGrad { dy, w, compute };
-        let dx = self.inner.linear_input_grad(dy, w, compute, out)?;
+        let dx = self.product(&product, |inner| inner.linear_input_grad(dy, w, compute, out))?;
         let [dx] = self.seen("linear_input_grad", &[dy, w], Some(product), again, [dx])?;
         Ok(dx)
     }
@@ -102,7 +109,8 @@ impl Device for Hooked {
             Ok(vec![on.device.linear_adapted(&x, &w, bias.as_ref(), compute, out, &branch, scaling)?])
         };
         let product = Product::Adapted { x, w, bias, compute, branch: *branch, scaling };
-        let y = self.inner.linear_adapted(x, w, bias, compute, out, branch, scaling)?;
+        let adapted = |inner: &dyn Device| inner.linear_adapted(x, w, bias, compute, out, branch, scaling);
+        let y = self.product(&product, adapted)?;
         let [y] = self.seen("linear_adapted", &[x, w], Some(product), again, [y])?;
         Ok(y)
     }
@@ -133,7 +141,8 @@ impl Device for Hooked {
         };
         let branch_too = branch.copied();
         let product = Product::Onto { so_far: before.as_ref(), branch: branch_too, dy, w, compute, out };
-        let dx = self.inner.linear_input_grad_onto(so_far, branch, dy, w, compute, out, dtype)?;
+        let onto = |inner: &dyn Device| inner.linear_input_grad_onto(so_far, branch, dy, w, compute, out, dtype);
+        let dx = self.product(&product, onto)?;
         let [dx] = self.seen("linear_input_grad_onto", &[dy, w], Some(product), again, [dx])?;
         Ok(dx)
     }
@@ -148,7 +157,7 @@ impl Device for Hooked {
         let again: Again<'_> =
             &|on| Ok(vec![on.device.linear_weight_grad(&on.bring(dy)?, &on.bring(x)?, units, compute, out)?]);
         let product = Product::WeightGrad { dy, x, units, compute };
-        let dw = self.inner.linear_weight_grad(dy, x, units, compute, out)?;
+        let dw = self.product(&product, |inner| inner.linear_weight_grad(dy, x, units, compute, out))?;
         let [dw] = self.seen("linear_weight_grad", &[dy, x], Some(product), again, [dw])?;
         Ok(dw)
     }

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 mod forward;
 
 use super::{Compute, DType, Device, LowRank, Offsets, Tensor};
+use super::checks::Expect;
 use crate::Result;
 
 /// Which operations a hook looks at: what nobody looks at runs as if there were no hook, fused ones included.
@@ -31,6 +32,14 @@ pub trait Hook: Send + Sync {
     /// # Errors
     /// Stops the pass.
     fn after(&self, device: &dyn Device, call: &Call<'_>, result: Vec<Tensor>) -> Result<Vec<Tensor>>;
+
+    /// Asked before a product: whether [`Device::product_sums`] will be asked for, and with what.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn before(&self, _product: &Product<'_>) -> Result<Option<Expect>> {
+        Ok(None)
+    }
 
     /// Whether [`Call::again`] is wanted for operations in place too; their operands are then copied first.
     fn repeats_in_place(&self) -> bool {
@@ -135,6 +144,9 @@ impl Hook for Switch {
             Some(hook) => hook.after(device, call, result),
         }
     }
+    fn before(&self, product: &Product<'_>) -> Result<Option<Expect>> {
+        self.current().map_or(Ok(None), |hook| hook.before(product))
+    }
     fn repeats_in_place(&self) -> bool {
         self.current().is_some_and(|hook| hook.repeats_in_place())
     }
@@ -149,6 +161,15 @@ pub struct Hooked {
 impl Hooked {
     fn sees_everything(&self) -> bool {
         self.hook.sees() == Sees::Everything
+    }
+
+    /// A product by the inner device, with its checksums if the hook wants them.
+    fn product(&self, product: &Product<'_>, run: impl FnOnce(&dyn Device) -> Result<Tensor>) -> Result<Tensor> {
+        let Some(expect) = self.hook.before(product)? else { return run(&*self.inner) };
+        self.inner.expect_sums(Some(expect));
+        let result = run(&*self.inner);
+        self.inner.expect_sums(None);
+        result
     }
 
     fn seen<const N: usize>(

@@ -13,12 +13,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 
 use crate::Result;
-use crate::device::checks::{Sums, Weights};
+use crate::device::checks::{Expect, Factors, ProductSums, Sums, Weights};
 use crate::device::hooked::{Call, Hook, Product, Sees};
 use crate::device::{Compute, DType, Device, LowRank, Tensor};
 use bound::{Expected, Term};
 pub(super) use sums::operand;
-use sums::{Factors, Kept, Last, of_all, of_rows, of_units, same};
+use sums::{Kept, Last, of_all, of_rows, of_units, same};
 
 /// A row of a product whose sum is not what its operands say; of the gradient of a tall matrix, a column.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -112,6 +112,16 @@ impl Hook for Checksums {
         Sees::Products
     }
 
+    fn before(&self, product: &Product<'_>) -> Result<Option<Expect>> {
+        let (w, over_rows) = match *product {
+            Product::Forward { w, .. } | Product::Adapted { w, .. } => (w, true),
+            Product::InputGrad { w, .. } | Product::Onto { w, .. } => (w, false),
+            Product::WeightGrad { .. } => return Ok(Some(Expect::default())),
+        };
+        let weight = self.state().kept.frozen(&*self.device, w, product.compute(), over_rows)?;
+        Ok(Some(Expect { weight }))
+    }
+
     fn after(&self, _: &dyn Device, call: &Call<'_>, result: Vec<Tensor>) -> Result<Vec<Tensor>> {
         if let (Some(product), [y]) = (&call.product, result.as_slice()) {
             let mut state = self.state();
@@ -132,6 +142,13 @@ struct Asked<'p> {
 
 impl State {
     fn check(&mut self, device: &dyn Device, operation: &'static str, product: &Product<'_>, y: &Tensor) -> Result<()> {
+        if let Some(sums) = device.product_sums(y) {
+            let expected = self.taken(device, product, sums)?;
+            let unit = bound::unit(device, product.compute());
+            let wrong = expected.first_wrong(&sums.got, (y.dtype, sums.length), unit);
+            self.report((self.products, operation), wrong);
+            return Ok(());
+        }
         let (got, length) = self.got(device, product, y)?;
         let unit = bound::unit(device, product.compute());
         let Asked { left, compute, wanted, expected } = self.expected(device, product)?;
@@ -149,6 +166,42 @@ impl State {
         queue.waiting.push(waiting);
         self.queues.push(queue);
         if left.elements() > HELD { self.flush(device, 0) } else { Ok(()) }
+    }
+
+    /// From sums that the device took itself.
+    fn taken(&mut self, device: &dyn Device, product: &Product<'_>, sums: &ProductSums) -> Result<Expected> {
+        let (terms, bias, branch, scaling) = match *product {
+            Product::Forward { x, bias, .. } => (x.columns(), bias, None, 1.0),
+            Product::Adapted { x, bias, branch, scaling, .. } => (x.columns(), bias, Some(branch), scaling),
+            Product::InputGrad { dy, .. } => (dy.columns(), None, None, 1.0),
+            Product::Onto { dy, branch, .. } => (dy.columns(), None, branch, 1.0),
+            Product::WeightGrad { units, .. } => (longest(units), None, None, 1.0),
+        };
+        let mut expected = Expected::of(terms);
+        expected.main.sums = Arc::clone(&sums.main);
+        expected.bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
+        expected.branch = branch.zip(sums.branch.clone()).map(|(branch, sums)| {
+            let term = Term { sums, terms: branch.x.columns(), scaling };
+            (term, branch.dtype)
+        });
+        if let Product::Onto { so_far, out, .. } = *product {
+            expected.inner = Some(out);
+            expected.so_far = so_far.map(|x| self.so_far(device, x)).transpose()?;
+        }
+        Ok(expected)
+    }
+
+    /// The row sums of what a product is added to.
+    fn so_far(&mut self, device: &dyn Device, x: &Tensor) -> Result<Arc<Sums>> {
+        match device.product_sums(x) {
+            Some(taken) if taken.got.sums.len() == x.rows() => Ok(Arc::clone(&taken.got)),
+            _ => self.result.rows(device, x),
+        }
+    }
+
+    fn report(&mut self, (product, operation): (u64, &'static str), wrong: Option<(usize, f64, f64)>) {
+        let violation = |(row, difference, bound)| Violation { product, operation, row, difference, bound };
+        self.violations.extend(wrong.map(violation));
     }
 
     /// Sums of a product's result: its rows, or the columns of each unit of a tall weight gradient.
@@ -181,15 +234,14 @@ impl State {
                 let mut asked = self.rows(device, (dy, w, compute), false)?;
                 asked.expected.inner = Some(out);
                 asked.expected.branch = branch.as_ref().map(|b| self.branch(device, b, 1.0, false)).transpose()?;
-                asked.expected.so_far = so_far.map(|x| self.result.rows(device, x)).transpose()?;
+                asked.expected.so_far = so_far.map(|x| self.so_far(device, x)).transpose()?;
                 Ok(asked)
             }
             Product::WeightGrad { dy, x, units, compute } => {
                 let (left, narrow) = if tall(dy, x) { (dy, x) } else { (x, dy) };
                 let narrow = device.download(&operand(device, narrow, compute)?)?;
-                let longest = units.windows(2).map(|u| u[1] - u[0]).max().unwrap_or(0);
                 let wanted = Wanted::Units { narrow, units: units.to_vec() };
-                Ok(Asked { left, compute, wanted, expected: Expected::of(longest) })
+                Ok(Asked { left, compute, wanted, expected: Expected::of(longest(units)) })
             }
         }
     }
@@ -214,10 +266,8 @@ impl State {
         over_rows: bool,
     ) -> Result<(Term, DType)> {
         let factors = self.kept.factors(device, of.w, of.compute, over_rows)?;
-        let mut sums = of_rows(device, &operand(device, of.x, of.compute)?, factors.weights())?;
-        sums.sums.iter_mut().for_each(|x| *x *= f64::from(scaling));
-        sums.sizes.iter_mut().for_each(|x| *x *= f64::from(scaling.abs()));
-        Ok((Term { sums, terms: of.x.columns() }, of.dtype))
+        let sums = of_rows(device, &operand(device, of.x, of.compute)?, factors.weights())?;
+        Ok((Term { sums: Arc::new(sums), terms: of.x.columns(), scaling }, of.dtype))
     }
 
     /// Judges products until no more than so many left operands wait.
@@ -238,20 +288,19 @@ impl State {
         let all = device.row_checks(&rounded, &weights.collect::<Vec<_>>())?;
         for (mut one, sums) in waiting.into_iter().zip(all) {
             one.expected.main.sums = match &one.wanted {
-                Wanted::Rows(_) => sums,
-                Wanted::Units { narrow, units } => of_units(narrow, &sums, units),
+                Wanted::Rows(_) => Arc::new(sums),
+                Wanted::Units { narrow, units } => Arc::new(of_units(narrow, &sums, units)),
             };
             let wrong = one.expected.first_wrong(&one.got, (one.dtype, one.length), one.unit);
-            self.violations.extend(wrong.map(|(row, difference, bound)| Violation {
-                product: one.product,
-                operation: one.operation,
-                row,
-                difference,
-                bound,
-            }));
+            self.report((one.product, one.operation), wrong);
         }
         Ok(())
     }
+}
+
+/// The most rows of any unit.
+fn longest(units: &[usize]) -> usize {
+    units.windows(2).map(|unit| unit[1] - unit[0]).max().unwrap_or(0)
 }
 
 /// Whether a weight's gradient dyᵀ·x has more rows than columns; its columns are then the fewer and longer sums.

@@ -4,27 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::device::checks::{Sums, Weights};
+use crate::device::checks::{Factors, Sums, Weights};
 use crate::device::{Compute, DType, Device, Tensor};
-
-/// Sums of a matrix's rows or columns, as factors of another one's elements.
-pub struct Factors {
-    sums: Vec<f32>,
-    sizes: Vec<f32>,
-}
-
-impl Factors {
-    pub fn weights(&self) -> Weights<'_> {
-        Weights::Of(&self.sums, &self.sizes)
-    }
-}
-
-impl From<Sums> for Factors {
-    fn from(from: Sums) -> Self {
-        let narrow = |all: Vec<f64>| all.into_iter().map(|x| x as f32).collect();
-        Self { sums: narrow(from.sums), sizes: narrow(from.sizes) }
-    }
-}
 
 /// A matrix of fewer elements is summed anew each time: adapters change with every step.
 const WORTH_KEEPING: usize = 1 << 16;
@@ -36,6 +17,11 @@ const KEPT: usize = 4096;
 pub struct Kept(HashMap<(usize, bool, Compute), (Tensor, Arc<Factors>)>);
 
 impl Kept {
+    /// Those of a weight that does not change.
+    pub fn frozen(&mut self, device: &dyn Device, w: &Tensor, compute: Compute, over_rows: bool) -> Result<Option<Arc<Factors>>> {
+        (w.elements() >= WORTH_KEEPING).then(|| self.factors(device, w, compute, over_rows)).transpose()
+    }
+
     /// Sums of a right operand over its rows (`over_rows`) or columns.
     pub fn factors(
         &mut self,
@@ -108,8 +94,7 @@ pub fn of_units(narrow: &[f32], tokens: &Sums, units: &[usize]) -> Sums {
                 *size += f64::from(d).abs() * tokens.sizes[k];
             }
         }
-        all.sums.append(&mut sums);
-        all.sizes.append(&mut sizes);
+        all.append(&Sums { sums, sizes });
     }
     all
 }

@@ -161,6 +161,13 @@ impl Tile<'_> {
         }
     }
 
+    /// One column of C where its rows are contiguous.
+    #[allow(clippy::mut_from_ref)] // as `row`
+    pub fn column(&self, column: usize) -> &mut [f32] {
+        // SAFETY: the tile belongs to the calling task, which holds no other slice of it.
+        unsafe { self.c.slice(self.at + column * self.strides.1, self.rows) }
+    }
+
     /// One row of C where its columns are contiguous.
     #[allow(clippy::mut_from_ref)] // as `Shared::slice`, whose promise a tile carries
     pub fn row(&self, row: usize) -> &mut [f32] {

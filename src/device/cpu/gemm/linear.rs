@@ -34,8 +34,10 @@ impl CpuDevice {
         }
         let (a, b) = (by_rows(x)?, by_rows(w)?);
         let cells = self.cells(compute, (m, n), out);
-        self.gemm(&Product { m, n, k, a, b, compute, bias: bias.as_deref(), out, then, cells: cells.as_ref() }, &mut y);
+        let bias = bias.as_deref();
+        let sums = self.gemm(&Product { m, n, k, a, b, compute, bias, out, then, cells: cells.as_ref() }, &mut y);
         cells.and_then(Cells::finish).into_iter().for_each(|measured| y.keep(measured));
+        sums.into_iter().for_each(|sums| y.keep_sums(sums));
         Ok(tensor(y, vec![m, n], out))
     }
 
@@ -71,8 +73,9 @@ impl CpuDevice {
         let (a, b) = (by_rows(dy)?, by_columns(w)?);
         let dtype = sum.map_or(out, |(.., dtype)| dtype);
         let cells = self.cells(compute, (m, n), dtype);
-        self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
+        let sums = self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
         cells.and_then(Cells::finish).into_iter().for_each(|measured| dx.keep(measured));
+        sums.into_iter().for_each(|sums| dx.keep_sums(sums));
         Ok(tensor(dx, vec![m, n], dtype))
     }
 
@@ -119,7 +122,8 @@ impl CpuDevice {
                 self.gemm_with(&kernel, &product(unit), dw);
             }
         } else {
-            self.narrow_products(&kernel, count, product, &mut dw);
+            let sums = self.narrow_products(&kernel, count, product, &mut dw);
+            sums.into_iter().for_each(|sums| dw.keep_sums(sums));
         }
         Ok(tensor(dw, vec![count, m, n], out))
     }

@@ -8,6 +8,7 @@
 //! `pack` lays the operands out for the kernels, `kernel` holds the inner loops, `narrow` what MKL does for a LoRA rank
 //! of 8 or less; this file cuts the work.
 
+mod checks;
 mod finish;
 mod kernel;
 mod linear;
@@ -25,11 +26,13 @@ pub use plan::mkl_block;
 
 use std::ops::Range;
 
+use self::checks::{Checks, Packed, Room, Summed};
 use self::plan::Plan;
 use self::task::Task;
 use super::meter::Cells;
 use super::threads::Shared;
 use super::{Buffer, CpuDevice};
+use crate::device::checks::ProductSums;
 use crate::device::{Compute, DType};
 
 /// Panels of rows that go to one task, and are measured, together.
@@ -54,24 +57,29 @@ pub struct Product<'a> {
 }
 
 impl CpuDevice {
-    /// Computes `product` into `c` [m, n].
-    pub fn gemm(&self, product: &Product<'_>, c: &mut [f32]) {
-        self.gemm_with(&Kernel::best(product.compute), product, c);
+    /// Computes `product` into `c` [m, n]; returns its checksums, if they are expected.
+    pub fn gemm(&self, product: &Product<'_>, c: &mut [f32]) -> Option<ProductSums> {
+        self.gemm_with(&Kernel::best(product.compute), product, c)
     }
 
-    fn gemm_with(&self, kernel: &Kernel, product: &Product<'_>, c: &mut [f32]) {
+    fn gemm_with(&self, kernel: &Kernel, product: &Product<'_>, c: &mut [f32]) -> Option<ProductSums> {
         assert_eq!(c.len(), product.m * product.n);
         if c.is_empty() {
-            return;
+            return None;
         }
         let plan = Plan::new(product, kernel);
+        let checks = Checks::expected(&plan);
+        let mut room = checks.as_ref().map(|checks| Room::new(checks.shape(&plan).0, checks.has_term()));
+        let places = room.as_mut().map(Room::places);
+        let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places, at: 0 });
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
-        self.pack_rows((plan.a, product.k), plan.m, kernel, packed);
+        self.pack_rows((plan.a, product.k), plan.m, kernel, packed, summed.map(|summed| (summed, false)));
         let mut term = plan.term();
         if let Some(term) = &mut term {
             let LowRank { a, rank, .. } = *term.of;
-            self.pack_rows((&a, rank), plan.m, &term.kernel, bytemuck::cast_slice_mut(&mut term.a));
+            let packed = bytemuck::cast_slice_mut(&mut term.a);
+            self.pack_rows((&a, rank), plan.m, &term.kernel, packed, summed.map(|summed| (summed, true)));
         }
         let (row_tasks, column_tasks) = self.cut(&plan);
         let c = Shared::new(c);
@@ -79,14 +87,25 @@ impl CpuDevice {
             let rows = share(plan.panels().div_ceil(PANELS), row_tasks, task % row_tasks, kernel.rows * PANELS, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
-            Task { plan: &plan, a: packed, term: term.as_ref(), rows, columns, c: &c, start: 0 }.run();
+            Task { plan: &plan, a: packed, term: term.as_ref(), rows, columns, c: &c, start: 0, summed }.run();
         });
+        let length = checks.map_or(0, |checks| checks.shape(&plan).1);
+        room.map(|room| room.finish(length))
     }
 
-    /// Lays out all of an operand's m lanes, a panel of `kernel.rows` lanes after another.
-    fn pack_rows(&self, (matrix, depth): (&Matrix<'_>, usize), m: usize, kernel: &Kernel, packed: &mut [u32]) {
+    /// Lays out all of an operand's m lanes, a panel of `kernel.rows` lanes after another, and sums them (`true`: as the
+    /// low-rank term's).
+    fn pack_rows(
+        &self,
+        (matrix, depth): (&Matrix<'_>, usize),
+        m: usize,
+        kernel: &Kernel,
+        packed: &mut [u32],
+        summed: Option<(Summed<'_>, bool)>,
+    ) {
         let panels = m.div_ceil(kernel.rows);
-        let packed = pack::Panels::new(packed, kernel.rows * kernel.units(depth));
+        let panel = kernel.rows * kernel.units(depth);
+        let packed = pack::Panels::new(packed, panel);
         // A few tasks per thread.
         let tasks = panels.min(self.workers.threads() * 4);
         self.workers.each(tasks, m * depth / 2, |task| {
@@ -94,7 +113,14 @@ impl CpuDevice {
             let rows = mine.start * kernel.rows..(mine.end * kernel.rows).min(m);
             // SAFETY: every panel belongs to one task.
             let out = unsafe { packed.panels(mine) };
-            pack::pack(matrix, rows, 0..depth, kernel.rows, kernel, out);
+            pack::pack(matrix, rows.clone(), 0..depth, kernel.rows, kernel, out);
+            if let Some((summed, term)) = summed
+                && summed.checks.by_rows()
+            {
+                let packed = Packed { panels: out, width: kernel.rows, panel };
+                // SAFETY: every panel belongs to one task.
+                unsafe { summed.predict(term, (rows.start, rows.len()), 0, kernel.per_unit, &packed) };
+            }
         });
     }
 
@@ -117,33 +143,43 @@ impl CpuDevice {
     }
 
     /// Many products of few rows or columns (a LoRA rank), one task each or a part of one: sharing out each by itself
-    /// would cost more than the product.
+    /// would cost more than the product. Returns their checksums, if such are expected.
     fn narrow_products<'a>(
         &self,
         kernel: &Kernel,
         count: usize,
         product: impl Fn(usize) -> Product<'a> + Sync + Send,
         c: &mut [f32],
-    ) {
+    ) -> Option<ProductSums> {
         let size = c.len() / count.max(1);
         if size == 0 {
-            return;
+            return None;
         }
+        let length = {
+            let first = product(0);
+            Plan::new(&first, kernel).m
+        };
+        let lanes = size / length;
+        let mut room = super::checks::expected().map(|_| Room::new(count * lanes, false));
+        let places = room.as_mut().map(Room::places);
         // Depths differ; the mean is good enough to decide by.
         let work = (0..count).map(|unit| product(unit).k).sum::<usize>() * size / 8;
         let c = Shared::new(c);
         let parts = (self.workers.threads() * 4).div_ceil(count);
         self.workers.each(count * parts, work, |task| {
-            let product = product(task / parts);
+            let unit = task / parts;
+            let product = product(unit);
             let plan = Plan::new(&product, kernel);
+            let checks = places.as_ref().map(|places| (places, Checks::new(&plan, false, None)));
             let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
             let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
             pack::pack(plan.a, 0..plan.m, 0..product.k, kernel.rows, kernel, packed);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
-            let start = task / parts * size;
-            Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start }.run();
+            let summed = checks.as_ref().map(|(places, checks)| Summed { checks, places, at: unit * lanes });
+            Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }.run();
         });
+        room.map(|room| room.finish(length))
     }
 }
 

@@ -35,6 +35,10 @@ impl<'a> Plan<'a> {
         Self { product, kernel, a: &product.a, b: &product.b, m, n, strides: (n, 1), depth }
     }
 
+    pub fn transposed(&self) -> bool {
+        std::ptr::eq(self.a, &self.product.b)
+    }
+
     pub fn panels(&self) -> usize {
         self.m.div_ceil(self.kernel.rows)
     }

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::checks::{self, Summed, TaskSums};
 use super::finish::Finish;
 use super::kernel::{Scratch, Tile};
 use super::plan::{Plan, Term};
@@ -22,6 +23,8 @@ pub struct Task<'a> {
     pub columns: Range<usize>,
     pub c: &'a Shared<'a>,
     pub start: usize,
+    /// The checksums to take.
+    pub summed: Option<Summed<'a>>,
 }
 
 /// Columns of B that are packed: those of a part of the depth, and those of the low-rank term.
@@ -41,6 +44,7 @@ impl Task<'_> {
         let b: &mut [u32] = bytemuck::cast_slice_mut(&mut b);
         let term: &mut [u32] = bytemuck::cast_slice_mut(&mut term);
         let mut scratch = Scratch::new();
+        let mut sums = self.summed.map(|summed| TaskSums::new(summed, self.rows.clone(), self.columns.clone()));
         for first in self.columns.clone().step_by(COLUMNS) {
             let lanes = first..(first + COLUMNS).min(self.columns.end);
             if let Some(of) = self.term {
@@ -50,22 +54,43 @@ impl Task<'_> {
                 let elements = part.start * kernel.per_unit..(part.end * kernel.per_unit).min(plan.product.k);
                 let out = &mut b[..lanes.len().next_multiple_of(kernel.columns) * part.len()];
                 pack::pack(plan.b, lanes.clone(), elements, kernel.columns, kernel, out);
-                self.part(part, &Packed { lanes: lanes.clone(), b: out, term }, &mut scratch);
+                if let Some(summed) = self.summed
+                    && !summed.checks.by_rows()
+                    && self.rows.start == 0
+                {
+                    let (width, at) = (kernel.columns, (first, lanes.len()));
+                    let packed = checks::Packed { panels: out, width, panel: width * part.len() };
+                    // SAFETY: the columns belong to the tasks of this column, of which this is the first.
+                    unsafe { summed.predict(false, at, part.start, kernel.per_unit, &packed) };
+                }
+                self.part(part, &Packed { lanes: lanes.clone(), b: out, term }, &mut sums, &mut scratch);
             }
         }
+        sums.into_iter().for_each(TaskSums::finish);
     }
 
     /// Adds a part of the depth to the task's rows.
-    fn part(&self, part: Range<usize>, packed: &Packed<'_>, scratch: &mut Scratch) {
-        let panel = self.plan.kernel.rows;
+    fn part(
+        &self,
+        part: Range<usize>,
+        packed: &Packed<'_>,
+        sums: &mut Option<TaskSums<'_>>,
+        scratch: &mut Scratch,
+    ) {
+        let (panel, lanes) = (self.plan.kernel.rows, &packed.lanes);
         for row in self.rows.clone().step_by(panel) {
             self.panel(row, &part, packed, scratch);
+            if part.end < self.plan.depth {
+                continue;
+            }
             let end = (row + panel).min(self.rows.end);
+            if let Some(sums) = sums {
+                sums.add(&self.tile(row..end, lanes.clone()), (row, lanes.start));
+            }
             if let Some(cells) = self.plan.product.cells
-                && part.end == self.plan.depth
                 && (end == self.rows.end || end.is_multiple_of(panel * PANELS))
             {
-                cells.measure(end, packed.lanes.clone(), |rows, columns| self.tile(rows, columns));
+                cells.measure(end, lanes.clone(), |rows, columns| self.tile(rows, columns));
             }
         }
     }

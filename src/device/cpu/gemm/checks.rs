@@ -1,0 +1,341 @@
+//! Checksums of a product, taken while it is computed: the sums of its rows as they are stored, and what the operands
+//! say of them, A · (B's lanes added up). A is summed where it is packed and the result while its rows lie in the cache,
+//! so that nothing is read from memory for it. Where a product is computed transposed, or is a weight's gradient, the
+//! same is done with columns, and with A's lanes added up.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Matrix;
+use super::kernel::Tile;
+use super::plan::Plan;
+use crate::device::Compute;
+use crate::device::checks::{DEEP, Factors, ProductSums, Sums, Weights, add_columns, of_row};
+use crate::device::cpu::simd::vectorised;
+use crate::device::cpu::threads::Shared;
+use crate::device::cpu::values::Elements;
+use crate::device::cpu::{checks, rounding};
+
+/// Elements that are summed side by side.
+const LANES: usize = 32;
+/// The same of a LoRA rank.
+const FEW: usize = 8;
+/// Elements that are rounded at once.
+const SCRATCH: usize = 1 << 13;
+
+/// What a product is summed with.
+pub struct Checks {
+    /// Whether the sums are of the plan's rows; else of its columns.
+    by_rows: bool,
+    /// Sums over the lanes of the operand on the other side, at each depth.
+    main: Arc<Factors>,
+    term: Option<Factors>,
+}
+
+impl Checks {
+    /// Of a product that this thread asks for, if its checksums are expected.
+    pub fn expected(plan: &Plan<'_>) -> Option<Self> {
+        checks::expected().map(|weight| Self::new(plan, !plan.transposed(), weight))
+    }
+
+    /// `known`: what the sums over the lanes should be.
+    pub fn new(plan: &Plan<'_>, by_rows: bool, known: Option<Arc<Factors>>) -> Self {
+        let product = plan.product;
+        let other = if by_rows { (plan.b, plan.n) } else { (plan.a, plan.m) };
+        let main = match known {
+            // Not those of another product that this one is made of.
+            Some(known) if known.sums.len() == product.k => padded(known),
+            _ => Arc::new(of_lanes(other, product.k, product.compute)),
+        };
+        // A product with a term is never computed transposed.
+        let term = product.then.term().map(|term| of_lanes((&term.b, plan.n), term.rank, term.compute));
+        Self { by_rows, main, term }
+    }
+
+    pub fn by_rows(&self) -> bool {
+        self.by_rows
+    }
+
+    /// Sums of the product, and elements of each.
+    pub fn shape(&self, plan: &Plan<'_>) -> (usize, usize) {
+        if self.by_rows { (plan.m, plan.n) } else { (plan.n, plan.m) }
+    }
+
+    pub fn has_term(&self) -> bool {
+        self.term.is_some()
+    }
+}
+
+/// The sums of one product, or of many of one shape, one after another.
+pub struct Room {
+    main: Sums,
+    term: Sums,
+    result: Mutex<Vec<Part>>,
+}
+
+/// What one task has summed of the result.
+struct Part {
+    at: usize,
+    /// Where along the other side it begins: tasks that share a row or column come in any order, and are added in this.
+    share: usize,
+    sums: Sums,
+}
+
+impl Room {
+    pub fn new(n: usize, term: bool) -> Self {
+        Self { main: Sums::zeros(n), term: Sums::zeros(if term { n } else { 0 }), result: Mutex::default() }
+    }
+
+    pub fn places(&mut self) -> Places<'_> {
+        let [main, term] =
+            [&mut self.main, &mut self.term].map(|Sums { sums, sizes }| (Shared::new(sums), Shared::new(sizes)));
+        Places { main, term, result: &self.result }
+    }
+
+    /// All sums, each of `length` elements.
+    pub fn finish(self, length: usize) -> ProductSums {
+        let mut parts = self.result.into_inner().unwrap_or_else(PoisonError::into_inner);
+        parts.sort_by_key(|part| (part.at, part.share));
+        let mut got = Sums::zeros(self.main.sums.len());
+        parts.iter().for_each(|part| got.add(&part.sums, part.at));
+        let branch = (!self.term.sums.is_empty()).then(|| Arc::new(self.term));
+        ProductSums { got: Arc::new(got), main: Arc::new(self.main), branch, length }
+    }
+}
+
+type Place<'r> = (Shared<'r, f64>, Shared<'r, f64>);
+
+/// A [`Room`] while tasks fill it, each its own part.
+pub struct Places<'r> {
+    main: Place<'r>,
+    term: Place<'r>,
+    result: &'r Mutex<Vec<Part>>,
+}
+
+/// What a task sums, and where it puts it.
+#[derive(Clone, Copy)]
+pub struct Summed<'a> {
+    pub checks: &'a Checks,
+    pub places: &'a Places<'a>,
+    /// The product's first sum.
+    pub at: usize,
+}
+
+/// Panels of packed lanes.
+pub struct Packed<'p> {
+    pub panels: &'p [u32],
+    /// Lanes of a panel, and its length.
+    pub width: usize,
+    pub panel: usize,
+}
+
+impl Summed<'_> {
+    /// Adds what `count` packed lanes from `at` on say, over the whole depth or, from `unit` on, a part of it. `term`: of the
+    /// low-rank term.
+    ///
+    /// # Safety
+    /// Each lane belongs to one task at a time.
+    pub unsafe fn predict(&self, term: bool, (at, count): (usize, usize), unit: usize, per_unit: usize, packed: &Packed<'_>) {
+        let (factors, to) = match (term, &self.checks.term) {
+            (true, Some(term)) => (term, &self.places.term),
+            _ => (&*self.checks.main, &self.places.main),
+        };
+        let depth = unit * per_unit..;
+        let factors = (&factors.sums[depth.clone()], &factors.sizes[depth]);
+        // SAFETY: the caller's promise.
+        let (sums, sizes) = unsafe { (to.0.slice(self.at + at, count), to.1.slice(self.at + at, count)) };
+        let places = sums.chunks_mut(packed.width).zip(sizes.chunks_mut(packed.width));
+        for (panel, (sums, sizes)) in packed.panels.chunks_exact(packed.panel.max(1)).zip(places) {
+            panel_sums_of((packed.width, per_unit), panel, factors, (sums, sizes));
+        }
+    }
+
+}
+
+/// The sums of what one task writes.
+pub struct TaskSums<'a> {
+    to: Summed<'a>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    sums: Sums,
+}
+
+impl<'a> TaskSums<'a> {
+    pub fn new(to: Summed<'a>, rows: Range<usize>, columns: Range<usize>) -> Self {
+        let sums = Sums::zeros(if to.checks.by_rows { rows.len() } else { columns.len() });
+        Self { to, rows, columns, sums }
+    }
+
+    /// Adds a tile that is written whole and begins at this row and column.
+    pub fn add(&mut self, tile: &Tile<'_>, (row, column): (usize, usize)) {
+        let by_rows = self.to.checks.by_rows;
+        let at = if by_rows { row - self.rows.start } else { column - self.columns.start };
+        let (sums, sizes) = (&mut self.sums.sums[at..], &mut self.sums.sizes[at..]);
+        vectorised(
+            #[inline(always)]
+            || match (by_rows, tile.strides.1 == 1) {
+                (true, _) => {
+                    for (row, (sum, size)) in (0..tile.rows).zip(sums.iter_mut().zip(sizes)) {
+                        let (x, magnitude) = of_row(tile.row(row), Weights::Ones);
+                        *sum += x;
+                        *size += magnitude;
+                    }
+                }
+                (false, true) => {
+                    for row in 0..tile.rows {
+                        for ((sum, size), x) in sums.iter_mut().zip(&mut *sizes).zip(&*tile.row(row)) {
+                            *sum += f64::from(*x);
+                            *size += f64::from(x.abs());
+                        }
+                    }
+                }
+                (false, false) => {
+                    for (column, (sum, size)) in (0..tile.columns).zip(sums.iter_mut().zip(sizes)) {
+                        let (x, magnitude) = of_few(tile.column(column));
+                        *sum += x;
+                        *size += magnitude;
+                    }
+                }
+            },
+        );
+    }
+
+    /// Hands them in.
+    pub fn finish(self) {
+        let (row, column) = (self.rows.start, self.columns.start);
+        let (at, share) = if self.to.checks.by_rows { (row, column) } else { (column, row) };
+        let part = Part { at: self.to.at + at, share, sums: self.sums };
+        self.to.places.result.lock().unwrap_or_else(PoisonError::into_inner).push(part);
+    }
+}
+
+/// Σ x and Σ |x| of a few elements.
+#[inline(always)]
+fn of_few(run: &[f32]) -> (f64, f64) {
+    let (mut sum, mut size) = ([0f32; FEW], [0f32; FEW]);
+    for first in (0..run.len()).step_by(FEW) {
+        let x = lanes_of::<_, FEW>(&run[first..]);
+        for lane in 0..FEW {
+            sum[lane] += x[lane];
+            size[lane] += x[lane].abs();
+        }
+    }
+    let fold = |x: [f32; FEW]| {
+        let wide = x.map(f64::from);
+        let four: [f64; 4] = std::array::from_fn(|i| wide[i] + wide[i + 4]);
+        (four[0] + four[2]) + (four[1] + four[3])
+    };
+    (fold(sum), fold(size))
+}
+
+/// Adds Σ factor·x and Σ size·|x| of each lane of one panel.
+fn panel_sums_of(
+    (width, per_unit): (usize, usize),
+    panel: &[u32],
+    factors: (&[f32], &[f32]),
+    to: (&mut [f64], &mut [f64]),
+) {
+    vectorised(
+        #[inline(always)]
+        || match (width, per_unit) {
+            (14, 1) => panel_sums::<14, 16, 1>(panel, factors, to),
+            (14, 2) => panel_sums::<14, 16, 2>(panel, factors, to),
+            (32, 1) => panel_sums::<32, 32, 1>(panel, factors, to),
+            (32, 2) => panel_sums::<32, 32, 2>(panel, factors, to),
+            (16, _) => panel_sums::<16, 16, 1>(panel, factors, to),
+            (6, _) => panel_sums::<6, 8, 1>(panel, factors, to),
+            _ => panel_sums::<4, 4, 1>(panel, factors, to),
+        },
+    );
+}
+
+/// Of W lanes, in registers of R, PER elements of depth a unit; chains of at most [`DEEP`] in f32.
+#[inline(always)]
+fn panel_sums<const W: usize, const R: usize, const PER: usize>(
+    panel: &[u32],
+    (factors, weights): (&[f32], &[f32]),
+    (sums, sizes): (&mut [f64], &mut [f64]),
+) {
+    let chains = factors.chunks(DEEP).zip(weights.chunks(DEEP));
+    for (i, (factors, weights)) in (0..panel.len().div_ceil(DEEP / PER * W)).zip(chains) {
+        let (mut sum, mut size) = ([0f32; R], [0f32; R]);
+        let units = &panel[i * (DEEP / PER * W)..];
+        let (factors, weights) = (factors.as_chunks::<PER>().0, weights.as_chunks::<PER>().0);
+        for (unit, (factor, weight)) in (0..(units.len() / W).min(DEEP / PER)).zip(factors.iter().zip(weights)) {
+            let lanes = lanes_of::<_, R>(&units[unit * W..]);
+            for element in 0..PER {
+                for lane in 0..R {
+                    let x = f32::from_bits(match (PER, element) {
+                        (1, _) => lanes[lane],
+                        // Of a pair of bf16 the earlier in depth lies in the low half.
+                        (_, 0) => lanes[lane] << 16,
+                        _ => lanes[lane] & 0xffff_0000,
+                    });
+                    sum[lane] = x.mul_add(factor[element], sum[lane]);
+                    size[lane] = x.abs().mul_add(weight[element], size[lane]);
+                }
+            }
+        }
+        sums.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(x));
+        sizes.iter_mut().zip(size).for_each(|(total, x)| *total += f64::from(x));
+    }
+}
+
+/// The first R elements, zeros past the end.
+#[inline(always)]
+fn lanes_of<T: Copy + Default, const R: usize>(run: &[T]) -> [T; R] {
+    match run.first_chunk() {
+        Some(whole) => *whole,
+        None => {
+            let mut padded = [T::default(); R];
+            padded[..run.len()].copy_from_slice(run);
+            padded
+        }
+    }
+}
+
+/// To whole units.
+fn padded(factors: Arc<Factors>) -> Arc<Factors> {
+    let length = factors.sums.len();
+    if length.is_multiple_of(2) {
+        return factors;
+    }
+    let pad = |x: &[f32]| [x, &[0.0]].concat();
+    Arc::new(Factors { sums: pad(&factors.sums), sizes: pad(&factors.sizes) })
+}
+
+/// Σ x and Σ |x| over the lanes of a matrix at each depth, rounded as the product rounds it; padded to whole units.
+fn of_lanes((matrix, lanes): (&Matrix<'_>, usize), depth: usize, compute: Compute) -> Factors {
+    let exact = rounding::is_exact_in(matrix.dtype, compute);
+    let down = matrix.depth == 1;
+    // As rows of contiguous elements.
+    let (rows, columns, stride) = if down { (lanes, depth, matrix.lane) } else { (depth, lanes, matrix.depth) };
+    let at_once = if stride == columns { (SCRATCH / columns.max(1)).max(1) } else { 1 };
+    let Sums { mut sums, mut sizes } = Sums::zeros(depth.next_multiple_of(2));
+    let mut scratch = Vec::new();
+    for first in (0..rows).step_by(at_once) {
+        let (at, n) = (matrix.at + first * stride, at_once.min(rows - first) * columns);
+        let values = match matrix.elements {
+            Elements::Wide(x) if exact => &x[at..at + n],
+            elements => {
+                scratch.resize(n, 0.0);
+                elements.read(at, &mut scratch);
+                rounding::round_operand(&mut scratch, compute);
+                &scratch
+            }
+        };
+        vectorised(
+            #[inline(always)]
+            || {
+                if down {
+                    return add_columns(values, &mut sums[..columns], &mut sizes[..columns]);
+                }
+                let places = sums[first..].iter_mut().zip(&mut sizes[first..]);
+                for (row, (sum, size)) in values.chunks_exact(columns.max(1)).zip(places) {
+                    (*sum, *size) = if columns < LANES { of_few(row) } else { of_row(row, Weights::Ones) };
+                }
+            },
+        );
+    }
+    Sums { sums, sizes }.into()
+}
