@@ -77,17 +77,24 @@ pub struct Expect {
 }
 
 /// What a device sums of a product while it computes it: of each row of the result; of a weight's gradient of each column
-/// of a unit (units · columns), or row, whichever are more.
+/// of each unit, or of each row, whichever are more.
 #[derive(Debug, Clone, Default)]
 pub struct ProductSums {
+    /// Some of them each, in order.
+    pub parts: Vec<PartSums>,
+    /// Elements of each sum of the result.
+    pub length: usize,
+}
+
+/// Some of a product's sums.
+#[derive(Debug, Clone, Default)]
+pub struct PartSums {
     /// The result as it is stored.
     pub got: Arc<Sums>,
     /// What the operands of the main product say.
     pub main: Arc<Sums>,
     /// What the operands of the low-rank term say, before it is scaled.
     pub branch: Option<Arc<Sums>>,
-    /// Elements of each sum of the result.
-    pub length: usize,
 }
 
 /// Running sums of a row.

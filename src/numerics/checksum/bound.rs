@@ -13,7 +13,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::device::checks::{Sums, roundings};
+use crate::device::checks::{PartSums, Sums, roundings};
 use crate::device::noise::half_ulp;
 use crate::device::{Compute, DType, Device};
 
@@ -57,6 +57,14 @@ impl Expected {
     pub fn of(terms: usize) -> Self {
         let main = Term { sums: Arc::default(), terms, scaling: 1.0 };
         Self { main, bias: (0.0, 0.0), branch: None, so_far: None, inner: None }
+    }
+
+    /// What a device summed of the operands.
+    pub fn take(&mut self, part: &PartSums) {
+        self.main.sums = Arc::clone(&part.main);
+        if let Some((term, _)) = &mut self.branch {
+            term.sums = part.branch.clone().unwrap_or_default();
+        }
     }
 
     /// The first row whose sum is off by more than rounding: row, difference, bound. `dtype` and `columns` of the result.

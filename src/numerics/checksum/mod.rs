@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 
 use crate::Result;
-use crate::device::checks::{Expect, Factors, ProductSums, Sums, Weights};
+use crate::device::checks::{Expect, Factors, Sums, Weights};
 use crate::device::hooked::{Call, Hook, Product, Sees};
 use crate::device::{Compute, DType, Device, LowRank, Tensor};
 use bound::{Expected, Term};
@@ -142,11 +142,24 @@ struct Asked<'p> {
 
 impl State {
     fn check(&mut self, device: &dyn Device, operation: &'static str, product: &Product<'_>, y: &Tensor) -> Result<()> {
-        if let Some(sums) = device.product_sums(y) {
-            let expected = self.taken(device, product, sums)?;
+        let has_branch = matches!(product, Product::Adapted { .. } | Product::Onto { branch: Some(_), .. });
+        if let Some(sums) = device.product_sums(y)
+            // Not those of a product that is only a part of this one.
+            && sums.parts.iter().all(|part| part.branch.is_some() == has_branch)
+        {
+            let mut expected = self.taken(device, product)?;
             let unit = bound::unit(device, product.compute());
-            let wrong = expected.first_wrong(&sums.got, (y.dtype, sums.length), unit);
-            self.report((self.products, operation), wrong);
+            let mut first = 0;
+            for part in &sums.parts {
+                expected.take(part);
+                let wrong = expected.first_wrong(&part.got, (y.dtype, sums.length), unit);
+                let wrong = wrong.map(|(row, difference, bound)| (first + row, difference, bound));
+                if wrong.is_some() {
+                    self.report((self.products, operation), wrong);
+                    break;
+                }
+                first += part.got.sums.len();
+            }
             return Ok(());
         }
         let (got, length) = self.got(device, product, y)?;
@@ -168,8 +181,8 @@ impl State {
         if left.elements() > HELD { self.flush(device, 0) } else { Ok(()) }
     }
 
-    /// From sums that the device took itself.
-    fn taken(&mut self, device: &dyn Device, product: &Product<'_>, sums: &ProductSums) -> Result<Expected> {
+    /// All but the sums of the operands, which the device took itself.
+    fn taken(&mut self, device: &dyn Device, product: &Product<'_>) -> Result<Expected> {
         let (terms, bias, branch, scaling) = match *product {
             Product::Forward { x, bias, .. } => (x.columns(), bias, None, 1.0),
             Product::Adapted { x, bias, branch, scaling, .. } => (x.columns(), bias, Some(branch), scaling),
@@ -178,10 +191,9 @@ impl State {
             Product::WeightGrad { units, .. } => (longest(units), None, None, 1.0),
         };
         let mut expected = Expected::of(terms);
-        expected.main.sums = Arc::clone(&sums.main);
         expected.bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
-        expected.branch = branch.zip(sums.branch.clone()).map(|(branch, sums)| {
-            let term = Term { sums, terms: branch.x.columns(), scaling };
+        expected.branch = branch.map(|branch| {
+            let term = Term { sums: Arc::default(), terms: branch.x.columns(), scaling };
             (term, branch.dtype)
         });
         if let Product::Onto { so_far, out, .. } = *product {
@@ -193,8 +205,8 @@ impl State {
 
     /// The row sums of what a product is added to.
     fn so_far(&mut self, device: &dyn Device, x: &Tensor) -> Result<Arc<Sums>> {
-        match device.product_sums(x) {
-            Some(taken) if taken.got.sums.len() == x.rows() => Ok(Arc::clone(&taken.got)),
+        match device.product_sums(x).map(|taken| &taken.parts[..]) {
+            Some([whole]) if whole.got.sums.len() == x.rows() => Ok(Arc::clone(&whole.got)),
             _ => self.result.rows(device, x),
         }
     }

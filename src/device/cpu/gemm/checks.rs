@@ -10,7 +10,7 @@ use super::Matrix;
 use super::kernel::Tile;
 use super::plan::Plan;
 use crate::device::Compute;
-use crate::device::checks::{DEEP, Factors, ProductSums, Sums, Weights, add_columns, of_row};
+use crate::device::checks::{DEEP, Factors, PartSums, Sums, Weights, add_columns, of_row};
 use crate::device::cpu::simd::vectorised;
 use crate::device::cpu::threads::Shared;
 use crate::device::cpu::values::Elements;
@@ -66,8 +66,9 @@ impl Checks {
     }
 }
 
-/// The sums of one product, or of many of one shape, one after another.
+/// The sums of one product.
 pub struct Room {
+    first: usize,
     main: Sums,
     term: Sums,
     result: Mutex<Vec<Part>>,
@@ -82,24 +83,32 @@ struct Part {
 }
 
 impl Room {
-    pub fn new(n: usize, term: bool) -> Self {
-        Self { main: Sums::zeros(n), term: Sums::zeros(if term { n } else { 0 }), result: Mutex::default() }
+    /// For n sums from `first` on, with or without a low-rank term.
+    pub fn new(first: usize, n: usize, term: bool) -> Self {
+        let term = Sums::zeros(if term { n } else { 0 });
+        Self { first, main: Sums::zeros(n), term, result: Mutex::default() }
     }
 
     pub fn places(&mut self) -> Places<'_> {
         let [main, term] =
             [&mut self.main, &mut self.term].map(|Sums { sums, sizes }| (Shared::new(sums), Shared::new(sizes)));
-        Places { main, term, result: &self.result }
+        Places { first: self.first, main, term, result: &self.result }
     }
 
-    /// All sums, each of `length` elements.
-    pub fn finish(self, length: usize) -> ProductSums {
+    /// All of them.
+    pub fn finish(self) -> PartSums {
         let mut parts = self.result.into_inner().unwrap_or_else(PoisonError::into_inner);
         parts.sort_by_key(|part| (part.at, part.share));
-        let mut got = Sums::zeros(self.main.sums.len());
-        parts.iter().for_each(|part| got.add(&part.sums, part.at));
+        let got = match &mut parts[..] {
+            [whole] => std::mem::take(&mut whole.sums),
+            parts => {
+                let mut got = Sums::zeros(self.main.sums.len());
+                parts.iter().for_each(|part| got.add(&part.sums, part.at));
+                got
+            }
+        };
         let branch = (!self.term.sums.is_empty()).then(|| Arc::new(self.term));
-        ProductSums { got: Arc::new(got), main: Arc::new(self.main), branch, length }
+        PartSums { got: Arc::new(got), main: Arc::new(self.main), branch }
     }
 }
 
@@ -107,6 +116,7 @@ type Place<'r> = (Shared<'r, f64>, Shared<'r, f64>);
 
 /// A [`Room`] while tasks fill it, each its own part.
 pub struct Places<'r> {
+    first: usize,
     main: Place<'r>,
     term: Place<'r>,
     result: &'r Mutex<Vec<Part>>,
@@ -117,8 +127,6 @@ pub struct Places<'r> {
 pub struct Summed<'a> {
     pub checks: &'a Checks,
     pub places: &'a Places<'a>,
-    /// The product's first sum.
-    pub at: usize,
 }
 
 /// Panels of packed lanes.
@@ -142,8 +150,9 @@ impl Summed<'_> {
         };
         let depth = unit * per_unit..;
         let factors = (&factors.sums[depth.clone()], &factors.sizes[depth]);
+        let at = at - self.places.first;
         // SAFETY: the caller's promise.
-        let (sums, sizes) = unsafe { (to.0.slice(self.at + at, count), to.1.slice(self.at + at, count)) };
+        let (sums, sizes) = unsafe { (to.0.slice(at, count), to.1.slice(at, count)) };
         let places = sums.chunks_mut(packed.width).zip(sizes.chunks_mut(packed.width));
         for (panel, (sums, sizes)) in packed.panels.chunks_exact(packed.panel.max(1)).zip(places) {
             panel_sums_of((packed.width, per_unit), panel, factors, (sums, sizes));
@@ -204,7 +213,7 @@ impl<'a> TaskSums<'a> {
     pub fn finish(self) {
         let (row, column) = (self.rows.start, self.columns.start);
         let (at, share) = if self.to.checks.by_rows { (row, column) } else { (column, row) };
-        let part = Part { at: self.to.at + at, share, sums: self.sums };
+        let part = Part { at: at - self.to.places.first, share, sums: self.sums };
         self.to.places.result.lock().unwrap_or_else(PoisonError::into_inner).push(part);
     }
 }

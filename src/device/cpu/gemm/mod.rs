@@ -69,9 +69,9 @@ impl CpuDevice {
         }
         let plan = Plan::new(product, kernel);
         let checks = Checks::expected(&plan);
-        let mut room = checks.as_ref().map(|checks| Room::new(checks.shape(&plan).0, checks.has_term()));
+        let mut room = checks.as_ref().map(|checks| Room::new(0, checks.shape(&plan).0, checks.has_term()));
         let places = room.as_mut().map(Room::places);
-        let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places, at: 0 });
+        let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places });
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
         self.pack_rows((plan.a, product.k), plan.m, kernel, packed, summed.map(|summed| (summed, false)));
@@ -90,7 +90,7 @@ impl CpuDevice {
             Task { plan: &plan, a: packed, term: term.as_ref(), rows, columns, c: &c, start: 0, summed }.run();
         });
         let length = checks.map_or(0, |checks| checks.shape(&plan).1);
-        room.map(|room| room.finish(length))
+        room.map(|room| ProductSums { parts: vec![room.finish()], length })
     }
 
     /// Lays out all of an operand's m lanes, a panel of `kernel.rows` lanes after another, and sums them (`true`: as the
@@ -159,27 +159,29 @@ impl CpuDevice {
             let first = product(0);
             Plan::new(&first, kernel).m
         };
-        let lanes = size / length;
-        let mut room = super::checks::expected().map(|_| Room::new(count * lanes, false));
-        let places = room.as_mut().map(Room::places);
+        let expected = super::checks::expected().is_some();
         // Depths differ; the mean is good enough to decide by.
         let work = (0..count).map(|unit| product(unit).k).sum::<usize>() * size / 8;
         let c = Shared::new(c);
         let parts = (self.workers.threads() * 4).div_ceil(count);
-        self.workers.each(count * parts, work, |task| {
+        let sums = self.workers.map(count * parts, work, |task| {
             let unit = task / parts;
             let product = product(unit);
             let plan = Plan::new(&product, kernel);
-            let checks = places.as_ref().map(|places| (places, Checks::new(&plan, false, None)));
+            let checks = expected.then(|| Checks::new(&plan, false, None));
             let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
             let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
             pack::pack(plan.a, 0..plan.m, 0..product.k, kernel.rows, kernel, packed);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
-            let summed = checks.as_ref().map(|(places, checks)| Summed { checks, places, at: unit * lanes });
+            // A room for these columns alone.
+            let mut room = checks.as_ref().map(|_| Room::new(columns.start, columns.len(), false));
+            let places = room.as_mut().map(Room::places);
+            let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places });
             Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }.run();
+            room.map(Room::finish)
         });
-        room.map(|room| room.finish(length))
+        expected.then(|| ProductSums { parts: sums.into_iter().flatten().collect(), length })
     }
 }
 
