@@ -25,6 +25,8 @@ mod rope;
 mod rounding;
 mod simd;
 mod statistics;
+#[cfg(target_arch = "x86_64")]
+mod sums_avx512;
 mod threads;
 mod values;
 

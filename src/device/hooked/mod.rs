@@ -7,8 +7,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 mod forward;
 
-use super::{Compute, DType, Device, LowRank, Offsets, Tensor};
 use super::checks::Expect;
+use super::{Compute, DType, Device, LowRank, Offsets, Tensor};
 use crate::Result;
 
 /// Which operations a hook looks at: what nobody looks at runs as if there were no hook, fused ones included.

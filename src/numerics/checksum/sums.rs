@@ -18,7 +18,13 @@ pub struct Kept(HashMap<(usize, bool, Compute), (Tensor, Arc<Factors>)>);
 
 impl Kept {
     /// Those of a weight that does not change.
-    pub fn frozen(&mut self, device: &dyn Device, w: &Tensor, compute: Compute, over_rows: bool) -> Result<Option<Arc<Factors>>> {
+    pub fn frozen(
+        &mut self,
+        device: &dyn Device,
+        w: &Tensor,
+        compute: Compute,
+        over_rows: bool,
+    ) -> Result<Option<Arc<Factors>>> {
         (w.elements() >= WORTH_KEEPING).then(|| self.factors(device, w, compute, over_rows)).transpose()
     }
 

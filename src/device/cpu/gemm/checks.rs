@@ -10,16 +10,17 @@ use super::Matrix;
 use super::kernel::Tile;
 use super::plan::Plan;
 use crate::device::Compute;
-use crate::device::checks::{DEEP, Factors, PartSums, Sums, Weights, add_columns, of_row};
+use crate::device::checks::{DEEP, Factors, PartSums, Sums, add_columns};
+use crate::device::cpu::checks::{self, row_sums};
+use crate::device::cpu::rounding;
 use crate::device::cpu::simd::vectorised;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::simd::{Level, level};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::sums_avx512;
 use crate::device::cpu::threads::Shared;
 use crate::device::cpu::values::Elements;
-use crate::device::cpu::{checks, rounding};
 
-/// Elements that are summed side by side.
-const LANES: usize = 32;
-/// The same of a LoRA rank.
-const FEW: usize = 8;
 /// Elements that are rounded at once.
 const SCRATCH: usize = 1 << 13;
 
@@ -143,7 +144,14 @@ impl Summed<'_> {
     ///
     /// # Safety
     /// Each lane belongs to one task at a time.
-    pub unsafe fn predict(&self, term: bool, (at, count): (usize, usize), unit: usize, per_unit: usize, packed: &Packed<'_>) {
+    pub unsafe fn predict(
+        &self,
+        term: bool,
+        (at, count): (usize, usize),
+        unit: usize,
+        per_unit: usize,
+        packed: &Packed<'_>,
+    ) {
         let (factors, to) = match (term, &self.checks.term) {
             (true, Some(term)) => (term, &self.places.term),
             _ => (&*self.checks.main, &self.places.main),
@@ -158,7 +166,6 @@ impl Summed<'_> {
             panel_sums_of((packed.width, per_unit), panel, factors, (sums, sizes));
         }
     }
-
 }
 
 /// The sums of what one task writes.
@@ -185,7 +192,7 @@ impl<'a> TaskSums<'a> {
             || match (by_rows, tile.strides.1 == 1) {
                 (true, _) => {
                     for (row, (sum, size)) in (0..tile.rows).zip(sums.iter_mut().zip(sizes)) {
-                        let (x, magnitude) = of_row(tile.row(row), Weights::Ones);
+                        let (x, magnitude) = row_sums(tile.row(row));
                         *sum += x;
                         *size += magnitude;
                     }
@@ -200,7 +207,7 @@ impl<'a> TaskSums<'a> {
                 }
                 (false, false) => {
                     for (column, (sum, size)) in (0..tile.columns).zip(sums.iter_mut().zip(sizes)) {
-                        let (x, magnitude) = of_few(tile.column(column));
+                        let (x, magnitude) = row_sums(tile.column(column));
                         *sum += x;
                         *size += magnitude;
                     }
@@ -218,25 +225,6 @@ impl<'a> TaskSums<'a> {
     }
 }
 
-/// Σ x and Σ |x| of a few elements.
-#[inline(always)]
-fn of_few(run: &[f32]) -> (f64, f64) {
-    let (mut sum, mut size) = ([0f32; FEW], [0f32; FEW]);
-    for first in (0..run.len()).step_by(FEW) {
-        let x = lanes_of::<_, FEW>(&run[first..]);
-        for lane in 0..FEW {
-            sum[lane] += x[lane];
-            size[lane] += x[lane].abs();
-        }
-    }
-    let fold = |x: [f32; FEW]| {
-        let wide = x.map(f64::from);
-        let four: [f64; 4] = std::array::from_fn(|i| wide[i] + wide[i + 4]);
-        (four[0] + four[2]) + (four[1] + four[3])
-    };
-    (fold(sum), fold(size))
-}
-
 /// Adds Σ factor·x and Σ size·|x| of each lane of one panel.
 fn panel_sums_of(
     (width, per_unit): (usize, usize),
@@ -244,45 +232,44 @@ fn panel_sums_of(
     factors: (&[f32], &[f32]),
     to: (&mut [f64], &mut [f64]),
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if level() >= Level::Avx512 {
+        // SAFETY: the processor has AVX-512.
+        return unsafe {
+            match (width, per_unit) {
+                (14, 1) => sums_avx512::of_panel::<14, 1, 1>(panel, factors, to),
+                (14, _) => sums_avx512::of_panel::<14, 1, 2>(panel, factors, to),
+                (_, 1) => sums_avx512::of_panel::<32, 2, 1>(panel, factors, to),
+                _ => sums_avx512::of_panel::<32, 2, 2>(panel, factors, to),
+            }
+        };
+    }
     vectorised(
         #[inline(always)]
-        || match (width, per_unit) {
-            (14, 1) => panel_sums::<14, 16, 1>(panel, factors, to),
-            (14, 2) => panel_sums::<14, 16, 2>(panel, factors, to),
-            (32, 1) => panel_sums::<32, 32, 1>(panel, factors, to),
-            (32, 2) => panel_sums::<32, 32, 2>(panel, factors, to),
-            (16, _) => panel_sums::<16, 16, 1>(panel, factors, to),
-            (6, _) => panel_sums::<6, 8, 1>(panel, factors, to),
-            _ => panel_sums::<4, 4, 1>(panel, factors, to),
+        || match width {
+            16 => panel_sums::<16, 16>(panel, factors, to),
+            6 => panel_sums::<6, 8>(panel, factors, to),
+            _ => panel_sums::<4, 4>(panel, factors, to),
         },
     );
 }
 
-/// Of W lanes, in registers of R, PER elements of depth a unit; chains of at most [`DEEP`] in f32.
+/// Of W lanes, in registers of R; chains of at most [`DEEP`] in f32. One element a unit: pairs come with AVX-512.
 #[inline(always)]
-fn panel_sums<const W: usize, const R: usize, const PER: usize>(
+fn panel_sums<const W: usize, const R: usize>(
     panel: &[u32],
     (factors, weights): (&[f32], &[f32]),
     (sums, sizes): (&mut [f64], &mut [f64]),
 ) {
     let chains = factors.chunks(DEEP).zip(weights.chunks(DEEP));
-    for (i, (factors, weights)) in (0..panel.len().div_ceil(DEEP / PER * W)).zip(chains) {
+    for (units, (factors, weights)) in panel.chunks(DEEP * W).zip(chains) {
         let (mut sum, mut size) = ([0f32; R], [0f32; R]);
-        let units = &panel[i * (DEEP / PER * W)..];
-        let (factors, weights) = (factors.as_chunks::<PER>().0, weights.as_chunks::<PER>().0);
-        for (unit, (factor, weight)) in (0..(units.len() / W).min(DEEP / PER)).zip(factors.iter().zip(weights)) {
-            let lanes = lanes_of::<_, R>(&units[unit * W..]);
-            for element in 0..PER {
-                for lane in 0..R {
-                    let x = f32::from_bits(match (PER, element) {
-                        (1, _) => lanes[lane],
-                        // Of a pair of bf16 the earlier in depth lies in the low half.
-                        (_, 0) => lanes[lane] << 16,
-                        _ => lanes[lane] & 0xffff_0000,
-                    });
-                    sum[lane] = x.mul_add(factor[element], sum[lane]);
-                    size[lane] = x.abs().mul_add(weight[element], size[lane]);
-                }
+        for (i, (factor, weight)) in (0..units.len() / W).zip(factors.iter().zip(weights)) {
+            let lanes = lanes_of::<_, R>(&units[i * W..]);
+            for lane in 0..R {
+                let x = f32::from_bits(lanes[lane]);
+                sum[lane] = x.mul_add(*factor, sum[lane]);
+                size[lane] = x.abs().mul_add(*weight, size[lane]);
             }
         }
         sums.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(x));
@@ -341,7 +328,7 @@ fn of_lanes((matrix, lanes): (&Matrix<'_>, usize), depth: usize, compute: Comput
                 }
                 let places = sums[first..].iter_mut().zip(&mut sizes[first..]);
                 for (row, (sum, size)) in values.chunks_exact(columns.max(1)).zip(places) {
-                    (*sum, *size) = if columns < LANES { of_few(row) } else { of_row(row, Weights::Ones) };
+                    (*sum, *size) = row_sums(row);
                 }
             },
         );

@@ -73,7 +73,8 @@ impl CpuDevice {
         let (a, b) = (by_rows(dy)?, by_columns(w)?);
         let dtype = sum.map_or(out, |(.., dtype)| dtype);
         let cells = self.cells(compute, (m, n), dtype);
-        let sums = self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
+        let sums =
+            self.gemm(&Product { m, n, k, a, b, compute, bias: None, out, then, cells: cells.as_ref() }, &mut dx);
         cells.and_then(Cells::finish).into_iter().for_each(|measured| dx.keep(measured));
         sums.into_iter().for_each(|sums| dx.keep_sums(sums));
         Ok(tensor(dx, vec![m, n], dtype))

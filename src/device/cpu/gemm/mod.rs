@@ -178,7 +178,8 @@ impl CpuDevice {
             let mut room = checks.as_ref().map(|_| Room::new(columns.start, columns.len(), false));
             let places = room.as_mut().map(Room::places);
             let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places });
-            Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }.run();
+            Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }
+                .run();
             room.map(Room::finish)
         });
         expected.then(|| ProductSums { parts: sums.into_iter().flatten().collect(), length })

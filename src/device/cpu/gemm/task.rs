@@ -70,13 +70,7 @@ impl Task<'_> {
     }
 
     /// Adds a part of the depth to the task's rows.
-    fn part(
-        &self,
-        part: Range<usize>,
-        packed: &Packed<'_>,
-        sums: &mut Option<TaskSums<'_>>,
-        scratch: &mut Scratch,
-    ) {
+    fn part(&self, part: Range<usize>, packed: &Packed<'_>, sums: &mut Option<TaskSums<'_>>, scratch: &mut Scratch) {
         let (panel, lanes) = (self.plan.kernel.rows, &packed.lanes);
         for row in self.rows.clone().step_by(panel) {
             self.panel(row, &part, packed, scratch);
