@@ -18,10 +18,8 @@ impl Sums {
         Self { sums: vec![0.0; length], sizes: vec![0.0; length] }
     }
 
-    /// Adds others to those from `at` on.
-    pub fn add(&mut self, other: &Self, at: usize) {
-        self.sums[at..].iter_mut().zip(&other.sums).for_each(|(total, x)| *total += x);
-        self.sizes[at..].iter_mut().zip(&other.sizes).for_each(|(total, x)| *total += x);
+    pub fn view(&self) -> View<'_> {
+        View { sums: &self.sums, sizes: &self.sizes }
     }
 
     /// Puts others behind them.
@@ -89,12 +87,45 @@ pub struct ProductSums {
 /// Some of a product's sums.
 #[derive(Debug, Clone, Default)]
 pub struct PartSums {
-    /// The result as it is stored.
-    pub got: Arc<Sums>,
-    /// What the operands of the main product say.
-    pub main: Arc<Sums>,
-    /// What the operands of the low-rank term say, before it is scaled.
-    pub branch: Option<Arc<Sums>>,
+    /// [the result as it is stored, what the operands of the main product say, of the low-rank term before it is scaled]
+    /// [Σ x, Σ |x|] [n].
+    all: Vec<f64>,
+    n: usize,
+}
+
+impl PartSums {
+    /// n sums, of a product with a low-rank term or without.
+    pub fn zeros(n: usize, term: bool) -> Self {
+        Self { all: vec![0.0; if term { 6 * n } else { 4 * n }], n }
+    }
+
+    pub fn got(&self) -> View<'_> {
+        self.view(0)
+    }
+    pub fn main(&self) -> View<'_> {
+        self.view(1)
+    }
+    pub fn branch(&self) -> Option<View<'_>> {
+        (self.all.len() > 4 * self.n).then(|| self.view(2))
+    }
+
+    fn view(&self, which: usize) -> View<'_> {
+        let (sums, sizes) = self.all[2 * which * self.n..2 * (which + 1) * self.n].split_at(self.n);
+        View { sums, sizes }
+    }
+
+    /// Each of the above, to be filled: Σ x and Σ |x|.
+    pub fn places(&mut self) -> impl Iterator<Item = (&mut [f64], &mut [f64])> {
+        let n = self.n;
+        self.all.chunks_mut((2 * n).max(1)).map(move |both| both.split_at_mut(n))
+    }
+}
+
+/// Borrowed [`Sums`].
+#[derive(Debug, Clone, Copy)]
+pub struct View<'s> {
+    pub sums: &'s [f64],
+    pub sizes: &'s [f64],
 }
 
 /// Running sums of a row.

@@ -33,6 +33,7 @@ mod values;
 pub use buffer::Buffer;
 pub use mapped::MappedBytes;
 pub use math::VectorNorm;
+pub(crate) use simd::vectorised;
 
 use super::checks::{Expect, ProductSums, Sums, Weights};
 use super::{AdamW, AttentionShape, Compute, DType, Device, Keep, LowRank, Offsets, Statistics, Storage, Tensor};

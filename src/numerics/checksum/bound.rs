@@ -11,30 +11,41 @@
 //! W and Σ|y| are measured with the same roundings; a hundredth more covers them, γ², and ρ².
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use crate::device::checks::{PartSums, Sums, roundings};
+use crate::device::checks::{View, roundings};
+use crate::device::cpu::vectorised;
 use crate::device::noise::half_ulp;
 use crate::device::{Compute, DType, Device};
 
-/// A product's row sums from its operands, with their weights, over so many products each.
-pub struct Term {
-    pub sums: Arc<Sums>,
-    pub terms: usize,
-    /// What it is multiplied with.
-    pub scaling: f32,
-}
-
 /// What the rows of a result should sum to.
 pub struct Expected {
-    pub main: Term,
+    /// Products an element of the main part.
+    pub terms: usize,
     /// Σ and Σ|·| of the bias: the same in every row.
     pub bias: (f64, f64),
-    /// A low-rank part, scaled, and what it is rounded to.
-    pub branch: Option<(Term, DType)>,
-    pub so_far: Option<Arc<Sums>>,
+    pub branch: Option<Branch>,
     /// What the main part is rounded to before it is added; `None`: the result's own dtype.
     pub inner: Option<DType>,
+}
+
+/// The low-rank part of a product.
+pub struct Branch {
+    /// Products an element.
+    pub terms: usize,
+    pub scaling: f32,
+    /// What it is rounded to.
+    pub dtype: DType,
+}
+
+/// A product's row sums, with their weights.
+pub struct Given<'s> {
+    pub got: View<'s>,
+    /// From the operands, without the bias.
+    pub main: View<'s>,
+    /// The same of the low-rank part, before it is scaled.
+    pub branch: Option<View<'s>>,
+    /// Of what the product was added to.
+    pub so_far: Option<View<'s>>,
 }
 
 /// Rows that are judged at once.
@@ -53,104 +64,93 @@ pub fn unit(device: &dyn Device, compute: Compute) -> f64 {
 }
 
 impl Expected {
-    /// A product of so many terms an element and nothing else; its sums are still to come.
-    pub fn of(terms: usize) -> Self {
-        let main = Term { sums: Arc::default(), terms, scaling: 1.0 };
-        Self { main, bias: (0.0, 0.0), branch: None, so_far: None, inner: None }
-    }
-
-    /// What a device summed of the operands.
-    pub fn take(&mut self, part: &PartSums) {
-        self.main.sums = Arc::clone(&part.main);
-        if let Some((term, _)) = &mut self.branch {
-            term.sums = part.branch.clone().unwrap_or_default();
-        }
-    }
-
     /// The first row whose sum is off by more than rounding: row, difference, bound. `dtype` and `columns` of the result.
-    pub fn first_wrong(&self, got: &Sums, (dtype, columns): (DType, usize), unit: f64) -> Option<(usize, f64, f64)> {
-        let rows = got.sums.len().min(self.main.sums.sums.len());
-        if got.sums.len() != self.main.sums.sums.len() {
+    pub fn first_wrong(
+        &self,
+        given: &Given<'_>,
+        (dtype, columns): (DType, usize),
+        unit: f64,
+    ) -> Option<(usize, f64, f64)> {
+        let rows = given.got.sums.len();
+        if given.main.sums.len() != rows || [given.branch, given.so_far].iter().flatten().any(|x| x.sums.len() != rows)
+        {
             return Some((rows, f64::INFINITY, 0.0));
         }
-        let bound = self.bound(dtype, columns, unit);
+        let bound = self.bound(dtype, columns, unit, given.so_far.is_some());
         let blocks = (0..rows).step_by(TOGETHER).map(|first| first..rows.min(first + TOGETHER));
-        blocks.filter(|block| !self.within(got, block, &bound)).flatten().find_map(|row| {
-            let [sum, main, branch, so_far] = self.parts(got, &(row..row + 1)).map(|(sums, sizes)| (sums[0], sizes[0]));
-            let (difference, reach, limit) = bound.of(sum, main, branch, so_far);
+        blocks.filter(|block| !given.within(block, &bound)).flatten().find_map(|row| {
+            let [got, main, branch, so_far] = given.parts(&(row..row + 1)).map(|(sums, sizes)| (sums[0], sizes[0]));
+            let (difference, reach, limit) = bound.of(got, main, branch, so_far);
             // Of operands that are not finite, or nearly so, no more can be said.
             if reach.is_nan() || reach > NOTHING_SAID {
                 return None;
             }
             // An overflow of a half dtype is no fault: the operands ask for it. Anything else that is not finite is.
-            let overflow = dtype == DType::F16 && reach > 65504.0 && !sum.0.is_finite();
+            let overflow = dtype == DType::F16 && reach > 65504.0 && !got.0.is_finite();
             let wrong = difference > limit || !difference.is_finite();
             (wrong && !overflow).then_some((row, difference, limit))
         })
     }
 
-    /// Whether every row of a block is finite and within the bound; without a branch, for many rows at once.
-    fn within(&self, got: &Sums, block: &Range<usize>, bound: &Bound) -> bool {
-        let [sum, main, branch, so_far] = self.parts(got, block);
-        let n = block.len();
-        let (sum, main) = ((&sum.0[..n], &sum.1[..n]), (&main.0[..n], &main.1[..n]));
-        let (branch, so_far) = ((&branch.0[..n], &branch.1[..n]), (&so_far.0[..n], &so_far.1[..n]));
-        let mut within = true;
-        for row in 0..n {
-            let of = |part: (&[f64], &[f64])| (part.0[row], part.1[row]);
-            let (difference, reach, limit) = bound.of(of(sum), of(main), of(branch), of(so_far));
-            within &= (difference <= limit) & (reach <= NOTHING_SAID);
-        }
-        within
-    }
-
-    /// Sums and sizes of these rows: the result, the main product, its low-rank part, what it is added to; zeros for what
-    /// there is not.
-    fn parts<'s>(&'s self, got: &'s Sums, rows: &Range<usize>) -> [(&'s [f64], &'s [f64]); 4] {
-        let part = |sums: Option<&'s Arc<Sums>>| match sums {
-            Some(sums) => (&sums.sums[rows.clone()], &sums.sizes[rows.clone()]),
-            None => (&NONE[..rows.len()], &NONE[..rows.len()]),
-        };
-        let result = (&got.sums[rows.clone()], &got.sizes[rows.clone()]);
-        [
-            result,
-            part(Some(&self.main.sums)),
-            part(self.branch.as_ref().map(|(term, _)| &term.sums)),
-            part(self.so_far.as_ref()),
-        ]
-    }
-
     /// Of a result of this dtype, whose sums have so many elements.
-    fn bound(&self, dtype: DType, columns: usize, unit: f64) -> Bound {
+    fn bound(&self, dtype: DType, columns: usize, unit: f64, so_far: bool) -> Bound {
         let gamma = |k: usize| k as f64 * unit / (1.0 - k as f64 * unit);
         let half = |dtype: DType| f64::from(half_ulp(dtype));
         let predicting = |terms: usize| gamma(terms + roundings(terms) + roundings(columns) + 3);
         let rounded = half(dtype);
         let adding = gamma(roundings(columns));
-        let (mut so_far, mut branch, mut inner) = (adding, 0.0, 0.0);
-        if let Some((term, dtype)) = &self.branch {
+        let (mut of_so_far, mut branch, mut inner) = (adding, 0.0, 0.0);
+        if let Some(Branch { terms, dtype, .. }) = &self.branch {
             // Rounded, scaled, and rounded again.
-            branch = predicting(term.terms) + 2.0 * half(*dtype);
+            branch = predicting(*terms) + 2.0 * half(*dtype);
         }
-        if self.branch.is_some() || self.so_far.is_some() || self.inner.is_some() {
+        if self.branch.is_some() || so_far || self.inner.is_some() {
             // Each part brought to the dtype of the sum, and the sum of all but the main one.
             inner = half(self.inner.unwrap_or(dtype)) + rounded;
-            so_far += 2.0 * rounded;
+            of_so_far += 2.0 * rounded;
             branch += 2.0 * rounded;
         }
         // Results below the dtype's normal range round by a fixed amount each; some units flush subnormals.
         let tiny = if dtype == DType::F16 { 2f64.powi(-24) } else { 2f64.powi(-125) };
-        let tiny = (3 * columns + self.main.terms) as f64 * tiny;
+        let tiny = (3 * columns + self.terms) as f64 * tiny;
         Bound {
             bias: self.bias,
-            scaling: self.branch.as_ref().map_or(0.0, |(term, _)| f64::from(term.scaling)),
-            main: predicting(self.main.terms),
+            scaling: self.branch.as_ref().map_or(0.0, |branch| f64::from(branch.scaling)),
+            main: predicting(self.terms),
             inner,
             result: rounded + adding,
             branch,
-            so_far,
+            so_far: of_so_far,
             tiny,
         }
+    }
+}
+
+impl<'s> Given<'s> {
+    /// Whether every row of a block is finite and within the bound; in one form for all products, for many rows at once.
+    fn within(&self, block: &Range<usize>, bound: &Bound) -> bool {
+        let [got, main, branch, so_far] = self.parts(block);
+        vectorised(
+            #[inline(always)]
+            || {
+                let mut within = true;
+                for row in 0..block.len() {
+                    let of = |part: (&[f64], &[f64])| (part.0[row], part.1[row]);
+                    let (difference, reach, limit) = bound.of(of(got), of(main), of(branch), of(so_far));
+                    within &= (difference <= limit) & (reach <= NOTHING_SAID);
+                }
+                within
+            },
+        )
+    }
+
+    /// Sums and sizes of these rows: the result, the main product, its low-rank part, what it is added to; zeros for what
+    /// there is not.
+    fn parts(&self, rows: &Range<usize>) -> [(&'s [f64], &'s [f64]); 4] {
+        [Some(self.got), Some(self.main), self.branch, self.so_far].map(|part| match part {
+            Some(View { sums, sizes }) => (&sums[rows.clone()], &sizes[rows.clone()]),
+            None => (&NONE[..rows.len()], &NONE[..rows.len()]),
+        })
     }
 }
 

@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 
 use crate::Result;
-use crate::device::checks::{Expect, Factors, Sums, Weights};
+use crate::device::checks::{Expect, Factors, ProductSums, Sums, Weights};
 use crate::device::hooked::{Call, Hook, Product, Sees};
 use crate::device::{Compute, DType, Device, LowRank, Tensor};
-use bound::{Expected, Term};
+use bound::{Branch, Expected, Given};
 pub(super) use sums::operand;
 use sums::{Kept, Last, of_all, of_rows, of_units, same};
 
@@ -66,6 +66,8 @@ struct Waiting {
     wanted: Wanted,
     expected: Expected,
     got: Arc<Sums>,
+    branch: Option<Sums>,
+    so_far: Option<Arc<Sums>>,
     dtype: DType,
     /// Elements of each sum of the result.
     length: usize,
@@ -138,6 +140,8 @@ struct Asked<'p> {
     compute: Compute,
     wanted: Wanted,
     expected: Expected,
+    branch: Option<Sums>,
+    so_far: Option<Arc<Sums>>,
 }
 
 impl State {
@@ -145,28 +149,15 @@ impl State {
         let has_branch = matches!(product, Product::Adapted { .. } | Product::Onto { branch: Some(_), .. });
         if let Some(sums) = device.product_sums(y)
             // Not those of a product that is only a part of this one.
-            && sums.parts.iter().all(|part| part.branch.is_some() == has_branch)
+            && sums.parts.iter().all(|part| part.branch().is_some() == has_branch)
         {
-            let mut expected = self.taken(device, product)?;
-            let unit = bound::unit(device, product.compute());
-            let mut first = 0;
-            for part in &sums.parts {
-                expected.take(part);
-                let wrong = expected.first_wrong(&part.got, (y.dtype, sums.length), unit);
-                let wrong = wrong.map(|(row, difference, bound)| (first + row, difference, bound));
-                if wrong.is_some() {
-                    self.report((self.products, operation), wrong);
-                    break;
-                }
-                first += part.got.sums.len();
-            }
-            return Ok(());
+            return self.compare(device, operation, product, (y.dtype, sums));
         }
         let (got, length) = self.got(device, product, y)?;
         let unit = bound::unit(device, product.compute());
-        let Asked { left, compute, wanted, expected } = self.expected(device, product)?;
-        let waiting =
-            Waiting { product: self.products, operation, wanted, expected, got, dtype: y.dtype, length, unit };
+        let Asked { left, compute, wanted, expected, branch, so_far } = self.asked(device, product)?;
+        let (product, dtype) = (self.products, y.dtype);
+        let waiting = Waiting { product, operation, wanted, expected, got, branch, so_far, dtype, length, unit };
         let of_left = |queue: &Queue| queue.compute == compute && same(&queue.left, left);
         let mut queue = match self.queues.iter().position(of_left) {
             Some(at) => self.queues.remove(at),
@@ -181,34 +172,42 @@ impl State {
         if left.elements() > HELD { self.flush(device, 0) } else { Ok(()) }
     }
 
-    /// All but the sums of the operands, which the device took itself.
-    fn taken(&mut self, device: &dyn Device, product: &Product<'_>) -> Result<Expected> {
-        let (terms, bias, branch, scaling) = match *product {
-            Product::Forward { x, bias, .. } => (x.columns(), bias, None, 1.0),
-            Product::Adapted { x, bias, branch, scaling, .. } => (x.columns(), bias, Some(branch), scaling),
-            Product::InputGrad { dy, .. } => (dy.columns(), None, None, 1.0),
-            Product::Onto { dy, branch, .. } => (dy.columns(), None, branch, 1.0),
-            Product::WeightGrad { units, .. } => (longest(units), None, None, 1.0),
+    /// Judges a product that the device summed itself.
+    fn compare(
+        &mut self,
+        device: &dyn Device,
+        operation: &'static str,
+        product: &Product<'_>,
+        (dtype, sums): (DType, &ProductSums),
+    ) -> Result<()> {
+        let (expected, unit) = (expected(device, product)?, bound::unit(device, product.compute()));
+        let before = match *product {
+            Product::Onto { so_far, .. } => so_far,
+            _ => None,
         };
-        let mut expected = Expected::of(terms);
-        expected.bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
-        expected.branch = branch.map(|branch| {
-            let term = Term { sums: Arc::default(), terms: branch.x.columns(), scaling };
-            (term, branch.dtype)
+        let taken = before.and_then(|x| match &device.product_sums(x)?.parts[..] {
+            [whole] if whole.got().sums.len() == x.rows() => Some(whole.got()),
+            _ => None,
         });
-        if let Product::Onto { so_far, out, .. } = *product {
-            expected.inner = Some(out);
-            expected.so_far = so_far.map(|x| self.so_far(device, x)).transpose()?;
+        let summed = match before {
+            Some(x) if taken.is_none() => Some(self.result.rows(device, x)?),
+            _ => None,
+        };
+        let so_far = taken.or(summed.as_ref().map(|sums| sums.view()));
+        let mut first = 0;
+        for part in &sums.parts {
+            let given = Given { got: part.got(), main: part.main(), branch: part.branch(), so_far };
+            let wrong = expected.first_wrong(&given, (dtype, sums.length), unit);
+            self.report(
+                (self.products, operation),
+                wrong.map(|(row, difference, bound)| (first + row, difference, bound)),
+            );
+            if wrong.is_some() {
+                break;
+            }
+            first += given.got.sums.len();
         }
-        Ok(expected)
-    }
-
-    /// The row sums of what a product is added to.
-    fn so_far(&mut self, device: &dyn Device, x: &Tensor) -> Result<Arc<Sums>> {
-        match device.product_sums(x).map(|taken| &taken.parts[..]) {
-            Some([whole]) if whole.got.sums.len() == x.rows() => Ok(Arc::clone(&whole.got)),
-            _ => self.result.rows(device, x),
-        }
+        Ok(())
     }
 
     fn report(&mut self, (product, operation): (u64, &'static str), wrong: Option<(usize, f64, f64)>) {
@@ -228,58 +227,37 @@ impl State {
         }
     }
 
-    fn expected<'p>(&mut self, device: &dyn Device, product: &Product<'p>) -> Result<Asked<'p>> {
-        match *product {
-            Product::Forward { x, w, bias, compute } => {
-                let mut asked = self.rows(device, (x, w, compute), true)?;
-                asked.expected.bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
-                Ok(asked)
+    fn asked<'p>(&mut self, device: &dyn Device, product: &Product<'p>) -> Result<Asked<'p>> {
+        let expected = expected(device, product)?;
+        let (mut branch, mut so_far) = (None, None);
+        let (left, w, over_rows) = match *product {
+            Product::Forward { x, w, .. } => (x, w, true),
+            Product::InputGrad { dy, w, .. } => (dy, w, false),
+            Product::Adapted { x, w, branch: ref of, .. } => {
+                branch = Some(self.branch(device, of, true)?);
+                (x, w, true)
             }
-            Product::Adapted { x, w, bias, compute, ref branch, scaling } => {
-                let mut asked = self.rows(device, (x, w, compute), true)?;
-                asked.expected.bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
-                asked.expected.branch = Some(self.branch(device, branch, scaling, true)?);
-                Ok(asked)
-            }
-            Product::InputGrad { dy, w, compute } => self.rows(device, (dy, w, compute), false),
-            Product::Onto { so_far, ref branch, dy, w, compute, out } => {
-                let mut asked = self.rows(device, (dy, w, compute), false)?;
-                asked.expected.inner = Some(out);
-                asked.expected.branch = branch.as_ref().map(|b| self.branch(device, b, 1.0, false)).transpose()?;
-                asked.expected.so_far = so_far.map(|x| self.so_far(device, x)).transpose()?;
-                Ok(asked)
+            Product::Onto { so_far: before, branch: ref of, dy, w, .. } => {
+                branch = of.as_ref().map(|of| self.branch(device, of, false)).transpose()?;
+                so_far = before.map(|x| self.result.rows(device, x)).transpose()?;
+                (dy, w, false)
             }
             Product::WeightGrad { dy, x, units, compute } => {
                 let (left, narrow) = if tall(dy, x) { (dy, x) } else { (x, dy) };
                 let narrow = device.download(&operand(device, narrow, compute)?)?;
                 let wanted = Wanted::Units { narrow, units: units.to_vec() };
-                Ok(Asked { left, compute, wanted, expected: Expected::of(longest(units)) })
+                return Ok(Asked { left, compute, wanted, expected, branch, so_far });
             }
-        }
-    }
-
-    /// x · w, or x · wᵀ (`over_rows` of w).
-    fn rows<'p>(
-        &mut self,
-        device: &dyn Device,
-        (left, w, compute): (&'p Tensor, &Tensor, Compute),
-        over_rows: bool,
-    ) -> Result<Asked<'p>> {
+        };
+        let compute = product.compute();
         let wanted = Wanted::Rows(self.kept.factors(device, w, compute, over_rows)?);
-        Ok(Asked { left, compute, wanted, expected: Expected::of(left.columns()) })
+        Ok(Asked { left, compute, wanted, expected, branch, so_far })
     }
 
-    /// The low-rank part of a fused product, whose left operand is narrow.
-    fn branch(
-        &mut self,
-        device: &dyn Device,
-        of: &LowRank<'_>,
-        scaling: f32,
-        over_rows: bool,
-    ) -> Result<(Term, DType)> {
+    /// The sums of the low-rank part of a fused product, whose left operand is narrow.
+    fn branch(&mut self, device: &dyn Device, of: &LowRank<'_>, over_rows: bool) -> Result<Sums> {
         let factors = self.kept.factors(device, of.w, of.compute, over_rows)?;
-        let sums = of_rows(device, &operand(device, of.x, of.compute)?, factors.weights())?;
-        Ok((Term { sums: Arc::new(sums), terms: of.x.columns(), scaling }, of.dtype))
+        of_rows(device, &operand(device, of.x, of.compute)?, factors.weights())
     }
 
     /// Judges products until no more than so many left operands wait.
@@ -298,16 +276,36 @@ impl State {
             Wanted::Units { .. } => Weights::Ones,
         });
         let all = device.row_checks(&rounded, &weights.collect::<Vec<_>>())?;
-        for (mut one, sums) in waiting.into_iter().zip(all) {
-            one.expected.main.sums = match &one.wanted {
-                Wanted::Rows(_) => Arc::new(sums),
-                Wanted::Units { narrow, units } => Arc::new(of_units(narrow, &sums, units)),
+        for (one, sums) in waiting.into_iter().zip(all) {
+            let main = match &one.wanted {
+                Wanted::Rows(_) => sums,
+                Wanted::Units { narrow, units } => of_units(narrow, &sums, units),
             };
-            let wrong = one.expected.first_wrong(&one.got, (one.dtype, one.length), one.unit);
+            let (branch, so_far) = (one.branch.as_ref().map(Sums::view), one.so_far.as_ref().map(|sums| sums.view()));
+            let given = Given { got: one.got.view(), main: main.view(), branch, so_far };
+            let wrong = one.expected.first_wrong(&given, (one.dtype, one.length), one.unit);
             self.report((one.product, one.operation), wrong);
         }
         Ok(())
     }
+}
+
+/// What a product's sums are judged by.
+fn expected(device: &dyn Device, product: &Product<'_>) -> Result<Expected> {
+    let (terms, bias, branch, scaling) = match *product {
+        Product::Forward { x, bias, .. } => (x.columns(), bias, None, 1.0),
+        Product::Adapted { x, bias, branch, scaling, .. } => (x.columns(), bias, Some(branch), scaling),
+        Product::InputGrad { dy, .. } => (dy.columns(), None, None, 1.0),
+        Product::Onto { dy, branch, .. } => (dy.columns(), None, branch, 1.0),
+        Product::WeightGrad { units, .. } => (longest(units), None, None, 1.0),
+    };
+    let inner = match *product {
+        Product::Onto { out, .. } => Some(out),
+        _ => None,
+    };
+    let bias = bias.map_or(Ok((0.0, 0.0)), |bias| of_all(device, bias))?;
+    let branch = branch.map(|branch| Branch { terms: branch.x.columns(), scaling, dtype: branch.dtype });
+    Ok(Expected { terms, bias, branch, inner })
 }
 
 /// The most rows of any unit.

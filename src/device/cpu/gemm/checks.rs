@@ -3,8 +3,7 @@
 //! so that nothing is read from memory for it. Where a product is computed transposed, or is a weight's gradient, the
 //! same is done with columns, and with A's lanes added up.
 
-use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::Matrix;
 use super::kernel::Tile;
@@ -12,7 +11,6 @@ use super::plan::Plan;
 use crate::device::Compute;
 use crate::device::checks::{DEEP, Factors, PartSums, Sums, add_columns};
 use crate::device::cpu::checks::{self, row_sums};
-use crate::device::cpu::rounding;
 use crate::device::cpu::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::simd::{Level, level};
@@ -20,6 +18,7 @@ use crate::device::cpu::simd::{Level, level};
 use crate::device::cpu::sums_avx512;
 use crate::device::cpu::threads::Shared;
 use crate::device::cpu::values::Elements;
+use crate::device::cpu::{Buffer, rounding};
 
 /// Elements that are rounded at once.
 const SCRATCH: usize = 1 << 13;
@@ -67,49 +66,38 @@ impl Checks {
     }
 }
 
-/// The sums of one product.
+/// The sums of one product, or of some of its columns.
 pub struct Room {
+    /// The first sum.
     first: usize,
-    main: Sums,
-    term: Sums,
-    result: Mutex<Vec<Part>>,
-}
-
-/// What one task has summed of the result.
-struct Part {
-    at: usize,
-    /// Where along the other side it begins: tasks that share a row or column come in any order, and are added in this.
-    share: usize,
-    sums: Sums,
+    n: usize,
+    sums: PartSums,
+    /// Of the result, by tasks that share its rows or columns: [shares] [Σ x, Σ |x|] [n].
+    shares: Buffer,
 }
 
 impl Room {
     /// For n sums from `first` on, with or without a low-rank term.
-    pub fn new(first: usize, n: usize, term: bool) -> Self {
-        let term = Sums::zeros(if term { n } else { 0 });
-        Self { first, main: Sums::zeros(n), term, result: Mutex::default() }
+    pub fn new(first: usize, n: usize, term: bool, shares: usize) -> Self {
+        Self { first, n, sums: PartSums::zeros(n, term), shares: Buffer::unset(2 * n * shares) }
     }
 
     pub fn places(&mut self) -> Places<'_> {
-        let [main, term] =
-            [&mut self.main, &mut self.term].map(|Sums { sums, sizes }| (Shared::new(sums), Shared::new(sizes)));
-        Places { first: self.first, main, term, result: &self.result }
+        let mut places = self.sums.places().skip(1).map(|(sums, sizes)| (Shared::new(sums), Shared::new(sizes)));
+        let (main, term) = (places.next(), places.next());
+        Places { first: self.first, n: self.n, main, term, shares: Shared::new(&mut self.shares) }
     }
 
     /// All of them.
-    pub fn finish(self) -> PartSums {
-        let mut parts = self.result.into_inner().unwrap_or_else(PoisonError::into_inner);
-        parts.sort_by_key(|part| (part.at, part.share));
-        let got = match &mut parts[..] {
-            [whole] => std::mem::take(&mut whole.sums),
-            parts => {
-                let mut got = Sums::zeros(self.main.sums.len());
-                parts.iter().for_each(|part| got.add(&part.sums, part.at));
-                got
+    pub fn finish(mut self) -> PartSums {
+        if let Some((sums, sizes)) = self.sums.places().next() {
+            for share in self.shares.chunks_exact((2 * self.n).max(1)) {
+                let (x, magnitude) = share.split_at(self.n);
+                sums.iter_mut().zip(x).for_each(|(total, x)| *total += f64::from(*x));
+                sizes.iter_mut().zip(magnitude).for_each(|(total, x)| *total += f64::from(*x));
             }
-        };
-        let branch = (!self.term.sums.is_empty()).then(|| Arc::new(self.term));
-        PartSums { got: Arc::new(got), main: Arc::new(self.main), branch }
+        }
+        self.sums
     }
 }
 
@@ -118,9 +106,10 @@ type Place<'r> = (Shared<'r, f64>, Shared<'r, f64>);
 /// A [`Room`] while tasks fill it, each its own part.
 pub struct Places<'r> {
     first: usize,
-    main: Place<'r>,
-    term: Place<'r>,
-    result: &'r Mutex<Vec<Part>>,
+    n: usize,
+    main: Option<Place<'r>>,
+    term: Option<Place<'r>>,
+    shares: Shared<'r>,
 }
 
 /// What a task sums, and where it puts it.
@@ -128,6 +117,8 @@ pub struct Places<'r> {
 pub struct Summed<'a> {
     pub checks: &'a Checks,
     pub places: &'a Places<'a>,
+    /// The task's share of the result's sums.
+    pub share: usize,
 }
 
 /// Panels of packed lanes.
@@ -156,6 +147,7 @@ impl Summed<'_> {
             (true, Some(term)) => (term, &self.places.term),
             _ => (&*self.checks.main, &self.places.main),
         };
+        let Some(to) = to else { return };
         let depth = unit * per_unit..;
         let factors = (&factors.sums[depth.clone()], &factors.sizes[depth]);
         let at = at - self.places.first;
@@ -166,63 +158,54 @@ impl Summed<'_> {
             panel_sums_of((packed.width, per_unit), panel, factors, (sums, sizes));
         }
     }
-}
 
-/// The sums of what one task writes.
-pub struct TaskSums<'a> {
-    to: Summed<'a>,
-    rows: Range<usize>,
-    columns: Range<usize>,
-    sums: Sums,
-}
-
-impl<'a> TaskSums<'a> {
-    pub fn new(to: Summed<'a>, rows: Range<usize>, columns: Range<usize>) -> Self {
-        let sums = Sums::zeros(if to.checks.by_rows { rows.len() } else { columns.len() });
-        Self { to, rows, columns, sums }
-    }
-
-    /// Adds a tile that is written whole and begins at this row and column.
-    pub fn add(&mut self, tile: &Tile<'_>, (row, column): (usize, usize)) {
-        let by_rows = self.to.checks.by_rows;
-        let at = if by_rows { row - self.rows.start } else { column - self.columns.start };
-        let (sums, sizes) = (&mut self.sums.sums[at..], &mut self.sums.sizes[at..]);
+    /// Sums a tile of the result that is written whole and begins at this row and column. `first`: of all that this task
+    /// writes to the rows, or columns where those are summed.
+    ///
+    /// # Safety
+    /// Each row, or column, of a share belongs to one task at a time.
+    pub unsafe fn add(&self, tile: &Tile<'_>, (row, column): (usize, usize), first: bool) {
+        let by_rows = self.checks.by_rows;
+        let (at, count) = if by_rows { (row, tile.rows) } else { (column, tile.columns) };
+        let n = self.places.n;
+        let at = 2 * n * self.share + at - self.places.first;
+        // SAFETY: the caller's promise.
+        let (sums, sizes) = unsafe { (self.places.shares.slice(at, count), self.places.shares.slice(at + n, count)) };
+        if first {
+            sums.fill(0.0);
+            sizes.fill(0.0);
+        }
         vectorised(
             #[inline(always)]
             || match (by_rows, tile.strides.1 == 1) {
                 (true, _) => {
-                    for (row, (sum, size)) in (0..tile.rows).zip(sums.iter_mut().zip(sizes)) {
-                        let (x, magnitude) = row_sums(tile.row(row));
-                        *sum += x;
-                        *size += magnitude;
+                    for (row, place) in (0..tile.rows).zip(sums.iter_mut().zip(sizes)) {
+                        add(tile.row(row), place);
+                    }
+                }
+                (false, false) => {
+                    for (column, place) in (0..tile.columns).zip(sums.iter_mut().zip(sizes)) {
+                        add(tile.column(column), place);
                     }
                 }
                 (false, true) => {
                     for row in 0..tile.rows {
                         for ((sum, size), x) in sums.iter_mut().zip(&mut *sizes).zip(&*tile.row(row)) {
-                            *sum += f64::from(*x);
-                            *size += f64::from(x.abs());
+                            *sum += *x;
+                            *size += x.abs();
                         }
-                    }
-                }
-                (false, false) => {
-                    for (column, (sum, size)) in (0..tile.columns).zip(sums.iter_mut().zip(sizes)) {
-                        let (x, magnitude) = row_sums(tile.column(column));
-                        *sum += x;
-                        *size += magnitude;
                     }
                 }
             },
         );
     }
+}
 
-    /// Hands them in.
-    pub fn finish(self) {
-        let (row, column) = (self.rows.start, self.columns.start);
-        let (at, share) = if self.to.checks.by_rows { (row, column) } else { (column, row) };
-        let part = Part { at: at - self.to.places.first, share, sums: self.sums };
-        self.to.places.result.lock().unwrap_or_else(PoisonError::into_inner).push(part);
-    }
+#[inline(always)]
+fn add(run: &[f32], (sum, size): (&mut f32, &mut f32)) {
+    let (x, magnitude) = row_sums(run);
+    *sum += x as f32;
+    *size += magnitude as f32;
 }
 
 /// Adds Σ factor·x and Σ size·|x| of each lane of one panel.

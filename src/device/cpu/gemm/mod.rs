@@ -68,25 +68,33 @@ impl CpuDevice {
             return None;
         }
         let plan = Plan::new(product, kernel);
+        let (row_tasks, column_tasks) = self.cut(&plan);
         let checks = Checks::expected(&plan);
-        let mut room = checks.as_ref().map(|checks| Room::new(0, checks.shape(&plan).0, checks.has_term()));
+        let by_rows = checks.as_ref().is_some_and(Checks::by_rows);
+        let mut room = checks.as_ref().map(|checks| {
+            let shares = if by_rows { column_tasks } else { row_tasks };
+            Room::new(0, checks.shape(&plan).0, checks.has_term(), shares)
+        });
         let places = room.as_mut().map(Room::places);
-        let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places });
+        let summed = |share| {
+            let (checks, places) = checks.as_ref().zip(places.as_ref())?;
+            Some(Summed { checks, places, share })
+        };
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
-        self.pack_rows((plan.a, product.k), plan.m, kernel, packed, summed.map(|summed| (summed, false)));
+        self.pack_rows((plan.a, product.k), plan.m, kernel, packed, summed(0).map(|summed| (summed, false)));
         let mut term = plan.term();
         if let Some(term) = &mut term {
             let LowRank { a, rank, .. } = *term.of;
             let packed = bytemuck::cast_slice_mut(&mut term.a);
-            self.pack_rows((&a, rank), plan.m, &term.kernel, packed, summed.map(|summed| (summed, true)));
+            self.pack_rows((&a, rank), plan.m, &term.kernel, packed, summed(0).map(|summed| (summed, true)));
         }
-        let (row_tasks, column_tasks) = self.cut(&plan);
         let c = Shared::new(c);
         self.workers.each(row_tasks * column_tasks, plan.m * plan.n * product.k / 8, |task| {
             let rows = share(plan.panels().div_ceil(PANELS), row_tasks, task % row_tasks, kernel.rows * PANELS, plan.m);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, column_tasks, task / row_tasks, kernel.columns, plan.n);
+            let summed = summed(if by_rows { task / row_tasks } else { task % row_tasks });
             Task { plan: &plan, a: packed, term: term.as_ref(), rows, columns, c: &c, start: 0, summed }.run();
         });
         let length = checks.map_or(0, |checks| checks.shape(&plan).1);
@@ -175,9 +183,10 @@ impl CpuDevice {
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
             // A room for these columns alone.
-            let mut room = checks.as_ref().map(|_| Room::new(columns.start, columns.len(), false));
+            let mut room = checks.as_ref().map(|_| Room::new(columns.start, columns.len(), false, 1));
             let places = room.as_mut().map(Room::places);
-            let summed = checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places });
+            let summed =
+                checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places, share: 0 });
             Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }
                 .run();
             room.map(Room::finish)

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::checks::{self, Summed, TaskSums};
+use super::checks::{self, Summed};
 use super::finish::Finish;
 use super::kernel::{Scratch, Tile};
 use super::plan::{Plan, Term};
@@ -44,7 +44,6 @@ impl Task<'_> {
         let b: &mut [u32] = bytemuck::cast_slice_mut(&mut b);
         let term: &mut [u32] = bytemuck::cast_slice_mut(&mut term);
         let mut scratch = Scratch::new();
-        let mut sums = self.summed.map(|summed| TaskSums::new(summed, self.rows.clone(), self.columns.clone()));
         for first in self.columns.clone().step_by(COLUMNS) {
             let lanes = first..(first + COLUMNS).min(self.columns.end);
             if let Some(of) = self.term {
@@ -63,14 +62,13 @@ impl Task<'_> {
                     // SAFETY: the columns belong to the tasks of this column, of which this is the first.
                     unsafe { summed.predict(false, at, part.start, kernel.per_unit, &packed) };
                 }
-                self.part(part, &Packed { lanes: lanes.clone(), b: out, term }, &mut sums, &mut scratch);
+                self.part(part, &Packed { lanes: lanes.clone(), b: out, term }, &mut scratch);
             }
         }
-        sums.into_iter().for_each(TaskSums::finish);
     }
 
     /// Adds a part of the depth to the task's rows.
-    fn part(&self, part: Range<usize>, packed: &Packed<'_>, sums: &mut Option<TaskSums<'_>>, scratch: &mut Scratch) {
+    fn part(&self, part: Range<usize>, packed: &Packed<'_>, scratch: &mut Scratch) {
         let (panel, lanes) = (self.plan.kernel.rows, &packed.lanes);
         for row in self.rows.clone().step_by(panel) {
             self.panel(row, &part, packed, scratch);
@@ -78,8 +76,11 @@ impl Task<'_> {
                 continue;
             }
             let end = (row + panel).min(self.rows.end);
-            if let Some(sums) = sums {
-                sums.add(&self.tile(row..end, lanes.clone()), (row, lanes.start));
+            if let Some(summed) = &self.summed {
+                let (of, first) = (self.rows.start, self.columns.start);
+                let first = if summed.checks.by_rows() { lanes.start == first } else { row == of };
+                // SAFETY: in its share each row or column is this task's.
+                unsafe { summed.add(&self.tile(row..end, lanes.clone()), (row, lanes.start), first) };
             }
             if let Some(cells) = self.plan.product.cells
                 && (end == self.rows.end || end.is_multiple_of(panel * PANELS))
