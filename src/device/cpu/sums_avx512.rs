@@ -5,6 +5,16 @@ use std::arch::x86_64::*;
 use super::measure_avx512::join;
 use crate::device::checks::DEEP;
 
+/// Adds Σ x and Σ |x| of each run.
+#[target_feature(enable = "avx512f")]
+pub fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &mut [f32]) {
+    for (i, (sum, size)) in sums.iter_mut().zip(sizes).enumerate() {
+        let (x, magnitude) = of_row(run(i));
+        *sum += x as f32;
+        *size += magnitude as f32;
+    }
+}
+
 /// Σ x and Σ |x|, in f32 along a register's lanes and as two registers are added, in f64 across them.
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -9,7 +9,7 @@ use super::Matrix;
 use super::kernel::Tile;
 use super::plan::Plan;
 use crate::device::Compute;
-use crate::device::checks::{DEEP, Factors, PartSums, Sums, add_columns};
+use crate::device::checks::{DEEP, Factors, PartSums, Sums, Weights, add_columns, of_row};
 use crate::device::cpu::checks::{self, row_sums};
 use crate::device::cpu::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
@@ -175,37 +175,41 @@ impl Summed<'_> {
             sums.fill(0.0);
             sizes.fill(0.0);
         }
-        vectorised(
-            #[inline(always)]
-            || match (by_rows, tile.strides.1 == 1) {
-                (true, _) => {
-                    for (row, place) in (0..tile.rows).zip(sums.iter_mut().zip(sizes)) {
-                        add(tile.row(row), place);
-                    }
-                }
-                (false, false) => {
-                    for (column, place) in (0..tile.columns).zip(sums.iter_mut().zip(sizes)) {
-                        add(tile.column(column), place);
-                    }
-                }
-                (false, true) => {
+        match (by_rows, tile.strides.1 == 1) {
+            (true, _) => add_runs(|row| tile.row(row), sums, sizes),
+            (false, false) => add_runs(|column| tile.column(column), sums, sizes),
+            (false, true) => vectorised(
+                #[inline(always)]
+                || {
                     for row in 0..tile.rows {
                         for ((sum, size), x) in sums.iter_mut().zip(&mut *sizes).zip(&*tile.row(row)) {
                             *sum += *x;
                             *size += x.abs();
                         }
                     }
-                }
-            },
-        );
+                },
+            ),
+        }
     }
 }
 
-#[inline(always)]
-fn add(run: &[f32], (sum, size): (&mut f32, &mut f32)) {
-    let (x, magnitude) = row_sums(run);
-    *sum += x as f32;
-    *size += magnitude as f32;
+/// Adds Σ x and Σ |x| of each run of elements that lie together.
+fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if level() >= Level::Avx512 {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { sums_avx512::add_runs(run, sums, sizes) };
+    }
+    vectorised(
+        #[inline(always)]
+        || {
+            for (i, (sum, size)) in sums.iter_mut().zip(sizes).enumerate() {
+                let (x, magnitude) = of_row(run(i), Weights::Ones);
+                *sum += x as f32;
+                *size += magnitude as f32;
+            }
+        },
+    );
 }
 
 /// Adds Σ factor·x and Σ size·|x| of each lane of one panel.
