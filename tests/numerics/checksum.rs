@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use spikeprobe::Result;
+use spikeprobe::device::checks::{Expect, View};
 use spikeprobe::device::hooked::{Call, Hook, Hooked};
-use spikeprobe::device::{Compute, DType, Device, Tensor, cpu::CpuDevice, noise};
+use spikeprobe::device::{Compute, DType, Device, LowRank, Tensor, cpu::CpuDevice, noise};
 use spikeprobe::numerics::Checksums;
 
 const N: usize = 9;
@@ -102,4 +103,123 @@ fn every_flip_whose_effect_exceeds_the_bound_is_seen() {
 fn a_result_that_is_nan_is_wrong() {
     let flipped = violations(Compute::F32, DType::F32, DType::F32, Some((5, 30)));
     assert!(flipped.iter().all(Option::is_some), "{flipped:?}");
+}
+
+/// [rows, columns] of f64.
+struct Wide(Vec<f64>, usize);
+
+impl Wide {
+    fn of(device: &dyn Device, x: &Tensor) -> Self {
+        Self(device.download(x).unwrap().into_iter().map(f64::from).collect(), x.shape[1])
+    }
+    fn at(&self, row: usize, column: usize) -> f64 {
+        self.0[row * self.1 + column]
+    }
+}
+
+/// Checks sums that a product took along against those of f64, (Σ, Σ|·|) by index.
+fn assert_near(what: &str, found: View<'_>, exact: &dyn Fn(usize) -> (f64, f64)) {
+    for (i, (sum, size)) in found.sums.iter().zip(found.sizes).enumerate() {
+        let (expected, weight) = exact(i);
+        let near = |x: f64, y: f64| (x - y).abs() <= 1e-5 * weight;
+        assert!(near(*sum, expected) && near(*size, weight), "{what} {i}: {sum} {size}, not {expected} {weight}");
+    }
+}
+
+fn add_up(terms: impl Iterator<Item = f64>) -> (f64, f64) {
+    terms.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()))
+}
+
+/// Σ over the terms' products, and over those of their magnitudes, of sums over lanes.
+fn predicted(k: usize, x: impl Fn(usize) -> f64, lanes: impl Fn(usize) -> (f64, f64)) -> (f64, f64) {
+    (0..k).fold((0.0, 0.0), |(sum, size), d| (sum + x(d) * lanes(d).0, size + x(d).abs() * lanes(d).1))
+}
+
+/// Rows, depth, columns: whole tiles and parts of them, more than one part of the depth, a LoRA rank.
+const SHAPES: [(usize, usize, usize); 6] =
+    [(50, 90, 24), (28, 64, 96), (31, 1301, 71), (45, 577, 8), (3, 40, 640), (130, 33, 300)];
+
+#[test]
+fn products_take_along_the_sums_of_their_operands_and_results() {
+    let device = CpuDevice::new(Some(2)).unwrap();
+    for (compute, dtype) in [(Compute::F32, DType::F32), (Compute::Bf16, DType::BF16)] {
+        for (m, k, n) in SHAPES {
+            let draw = |stream, shape| tensor(&device, stream, shape, dtype);
+            let (x, w, u, b) = (draw(0, [m, k]), draw(1, [n, k]), draw(2, [m, 8]), draw(3, [n, 8]));
+            let branch = LowRank { x: &u, w: &b, compute, dtype };
+            device.expect_sums(Some(Expect::default()));
+            let plain = device.linear(&x, &w, None, compute, dtype).unwrap();
+            let adapted = device.linear_adapted(&x, &w, None, compute, dtype, &branch, 2.0).unwrap();
+            device.expect_sums(None);
+            assert!(device.product_sums(&device.linear(&x, &w, None, compute, dtype).unwrap()).is_none());
+            let [x, w, u, b] = [&x, &w, &u, &b].map(|t| Wide::of(&device, t));
+            for (y, has_branch) in [(&plain, false), (&adapted, true)] {
+                // A rank of f32 has a kernel of its own, which sums nothing.
+                let Some(sums) = device.product_sums(y) else {
+                    assert!(compute == Compute::F32 && n == 8 && !has_branch, "{m}x{k}x{n} was not summed");
+                    continue;
+                };
+                let ([part], y) = (&sums.parts[..], Wide::of(&device, y)) else { panic!("{} parts", sums.parts.len()) };
+                assert_eq!((part.got().sums.len(), sums.length), (m, n));
+                assert_near("row", part.got(), &|i| add_up((0..n).map(|j| y.at(i, j))));
+                let lanes: Vec<_> = (0..k).map(|d| add_up((0..n).map(|j| w.at(j, d)))).collect();
+                assert_near("operands of row", part.main(), &|i| predicted(k, |d| x.at(i, d), |d| lanes[d]));
+                assert_eq!(part.branch().is_some(), has_branch);
+                if let Some(found) = part.branch() {
+                    let lanes: Vec<_> = (0..8).map(|d| add_up((0..n).map(|j| b.at(j, d)))).collect();
+                    assert_near("branch of row", found, &|i| predicted(8, |d| u.at(i, d), |d| lanes[d]));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_known_of_a_weight_outweighs_the_weight() {
+    let device: Arc<dyn Device> = Arc::new(CpuDevice::new(Some(2)).unwrap());
+    let (m, k, n) = (30, 200, 400);
+    let (x, w) = (tensor(&*device, 0, [m, k], DType::BF16), tensor(&*device, 1, [n, k], DType::BF16));
+    let mut flipped = device.download(&w).unwrap();
+    flipped[777] = 1e3;
+    let known = device.column_checks(&w, &[0, n]).unwrap();
+    device.expect_sums(Some(Expect { weight: Some(Arc::new(known.into())) }));
+    let wrong = device.upload(&flipped, &[n, k], DType::BF16).unwrap();
+    let y = device.linear(&x, &wrong, None, Compute::Bf16, DType::F32).unwrap();
+    device.expect_sums(None);
+    let sums = device.product_sums(&y).unwrap();
+    let (got, main) = (sums.parts[0].got(), sums.parts[0].main());
+    let x = Wide::of(&*device, &x);
+    for row in 0..m {
+        let effect = x.at(row, 777 % k) * 1e3;
+        let off = got.sums[row] - main.sums[row];
+        assert!((off - effect).abs() < 0.01 * effect.abs() + 2.0, "row {row}: {off}, not {effect}");
+    }
+}
+
+#[test]
+fn honest_fused_products_agree_with_their_checksums() {
+    for (compute, dtype) in [(Compute::F32, DType::F32), (Compute::Bf16, DType::BF16), (Compute::Bf16, DType::F32)] {
+        for (m, k, n) in SHAPES {
+            let inner: Arc<dyn Device> = Arc::new(CpuDevice::new(Some(2)).unwrap());
+            let checksums = Arc::new(Checksums::on(Arc::clone(&inner)));
+            let device = Hooked { inner, hook: checksums.clone() };
+            let draw = |stream, shape| tensor(&*device.inner, stream, shape, dtype);
+            let (x, w, a, b, dy) =
+                (draw(0, [m, k]), draw(1, [n, k]), draw(2, [8, k]), draw(3, [n, 8]), draw(4, [m, n]));
+            let u = device.linear(&x, &a, None, compute, dtype).unwrap();
+            let branch = LowRank { x: &u, w: &b, compute, dtype };
+            device.linear_adapted(&x, &w, None, compute, dtype, &branch, 0.5).unwrap();
+            let du = device.linear_input_grad(&dy, &b, compute, dtype).unwrap();
+            device.linear_weight_grad(&dy, &u, &[0, m / 3, m], compute, dtype).unwrap();
+            device.linear_weight_grad(&du, &x, &[0, m / 3, m], compute, dtype).unwrap();
+            let branch = LowRank { x: &du, w: &a, compute, dtype };
+            let mut so_far = None;
+            for _ in 0..2 {
+                let onto = device.linear_input_grad_onto(so_far, Some(&branch), &dy, &w, compute, dtype, dtype);
+                so_far = Some(onto.unwrap());
+            }
+            let (products, found) = checksums.found().unwrap();
+            assert_eq!((products, found), (7, vec![]), "{compute:?} {dtype:?} {m}x{k}x{n}");
+        }
+    }
 }
