@@ -1,5 +1,6 @@
 //! Sums of rows and columns, for checksums of products: f32 in as many running sums as a processor keeps in registers,
-//! blocks of them in f64, always in the same order. [`roundings`] says what that costs in accuracy.
+//! blocks of them in f64, always in the same order. [`roundings`] says what that costs in accuracy. [`ProductSums`] are
+//! those that a device takes of a product while it computes it.
 
 use std::sync::Arc;
 

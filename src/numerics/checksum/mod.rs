@@ -1,9 +1,10 @@
 //! Checksums of matrix products (algorithm-based fault tolerance: Huang, Abraham, IEEE Trans. Computers C-33, 1984).
 //!
 //! The sum of a row of y = x·wᵀ equals x · (sum of w's rows), for the cost of one more column. It is exact but for
-//! rounding, whose bound is derived in `bound`. Results are summed at once, while they lie in the cache; left operands
-//! when the products that share them are all known (q, k, v and their adapters read one tensor), in one pass. Sums of
-//! frozen weights are kept, and of a result that the next operation adds to.
+//! rounding, whose bound is derived in `bound`. Sums of frozen weights are kept from the first time they are seen. A
+//! device that is told so beforehand sums operands and results where it computes (`Device::expect_sums`), and they are
+//! judged as soon as they are there. Of what it did not sum, or what changed since, results are summed at once, and left
+//! operands when the products that share them are all known (q, k, v and their adapters read one tensor), in one pass.
 
 mod bound;
 mod sums;

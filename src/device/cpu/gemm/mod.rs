@@ -6,7 +6,7 @@
 //! PyTorch's own bits on a processor for which its libraries choose the same kernels (AMD Zen 4 was measured).
 //! `linear` holds the device's own products, `plan` a product as the kernels see it, `task` one thread's share of it;
 //! `pack` lays the operands out for the kernels, `kernel` holds the inner loops, `narrow` what MKL does for a LoRA rank
-//! of 8 or less; this file cuts the work.
+//! of 8 or less, `checks` sums what is checked; this file cuts the work.
 
 mod checks;
 mod finish;

@@ -1,5 +1,5 @@
-//! One task of a product: packs its columns of B, runs the tiles over the whole depth, and measures what is written
-//! whole while it is in the cache.
+//! One task of a product: packs its columns of B, runs the tiles over the whole depth, and measures and sums what is
+//! written whole while it is in the cache.
 
 use std::ops::Range;
 
