@@ -127,7 +127,7 @@ impl Expected {
 }
 
 impl<'s> Given<'s> {
-    /// Whether every row of a block is finite and within the bound; in one form for all products, for many rows at once.
+    /// Whether every row of a block is finite and within the bound: many rows at once, one loop for all kinds of product.
     fn within(&self, block: &Range<usize>, bound: &Bound) -> bool {
         let [got, main, branch, so_far] = self.parts(block);
         vectorised(
