@@ -8,6 +8,7 @@ use super::download;
 use super::pytorch::Case;
 
 const BF16: DType = DType::BF16;
+const F16: DType = DType::F16;
 
 fn cpu() -> std::sync::Arc<dyn Device> {
     spikeprobe::device::open("cpu", Some(2)).expect("cpu")
@@ -110,33 +111,65 @@ fn exponentials_of_f32_attention_have_pytorchs_last_bits() {
 #[test]
 fn attention_gradients_are_pytorchs_bit_for_bit() {
     let device = cpu();
-    for dtype in [DType::F32, BF16] {
-        for (n, padded, head_dim) in [(33, 40, 64), (40, 40, 32), (210, 216, 32)] {
-            let name = format!("attention_grad_{n}_{padded}");
-            let case = Case::new(&*device, &name, dtype);
-            let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
-            let (heads, kv_heads) = (2, 1);
-            // PyTorch got no mask, and so one key/value head for both query heads, where nothing is padded.
-            let grouped = [n == padded];
-            let shape = AttentionShape {
-                heads,
-                kv_heads,
-                head_dim,
-                scale: (head_dim as f64).powf(-0.5) as f32,
-                window: None,
-                padded: &[padded],
-                grouped: &grouped,
-            };
-            let compute = Compute::of(dtype);
-            let (o, lse) = device.attention(&q, &k, &v, &[0, n], &shape, compute).expect("attention");
-            assert_equal(&*device, &format!("{name} {dtype:?} o"), &o, case.values("o"));
-            let d_o = case.tensor("do");
-            let (dq, dk, dv) =
-                device.attention_grad(&d_o, &q, &k, &v, &o, &lse, &[0, n], &shape, compute).expect("attention_grad");
-            for (key, got) in [("dq", &dq), ("dk", &dk), ("dv", &dv)] {
-                assert_equal(&*device, &format!("{name} {dtype:?} {key}"), got, case.values(key));
-            }
+    for dtype in [DType::F32, BF16, F16] {
+        for (n, padded, head_dim) in [(33, 40, 64), (40, 40, 32), (210, 216, 32), (21, 24, 12)] {
+            assert_attention(&*device, dtype, (n, padded, head_dim));
         }
+    }
+}
+
+#[test]
+fn attention_over_more_keys_than_a_block_is_pytorchs_bit_for_bit() {
+    let device = cpu();
+    for dtype in [DType::F32, F16] {
+        assert_attention(&*device, dtype, (544, 544, 16));
+    }
+}
+
+/// Two query heads over one key/value head, forward and backward.
+fn assert_attention(device: &dyn Device, dtype: DType, (n, padded, head_dim): (usize, usize, usize)) {
+    let name = format!("attention_grad_{n}_{padded}_{head_dim}");
+    let case = Case::new(device, &name, dtype);
+    let (q, k, v) = (case.tensor("q"), case.tensor("k"), case.tensor("v"));
+    // PyTorch got no mask, and so one key/value head for both query heads, where nothing is padded.
+    let grouped = [n == padded];
+    let shape = AttentionShape {
+        heads: 2,
+        kv_heads: 1,
+        head_dim,
+        scale: (head_dim as f64).powf(-0.5) as f32,
+        window: None,
+        padded: &[padded],
+        grouped: &grouped,
+    };
+    let compute = Compute::of(dtype);
+    let (o, lse) = device.attention(&q, &k, &v, &[0, n], &shape, compute).expect("attention");
+    assert_equal(device, &format!("{name} {dtype:?} o"), &o, case.values("o"));
+    let d_o = case.tensor("do");
+    let (dq, dk, dv) =
+        device.attention_grad(&d_o, &q, &k, &v, &o, &lse, &[0, n], &shape, compute).expect("attention_grad");
+    for (key, got) in [("dq", &dq), ("dk", &dk), ("dv", &dv)] {
+        assert_equal(device, &format!("{name} {dtype:?} {key}"), got, case.values(key));
+    }
+}
+
+#[test]
+fn products_of_fp16_are_summed_in_atens_chains() {
+    let device = cpu();
+    for depth in [8, 36, 64, 103, 352, 600] {
+        let case = |what: &str| Case::new(&*device, &format!("{what}_{depth}"), F16);
+        let name = format!("fp16 of depth {depth}");
+        let forward = case("linear");
+        let y = device.linear(&forward.tensor("x"), &forward.tensor("w"), None, Compute::F16, F16).expect("linear");
+        assert_equal(&*device, &name, &y, forward.values("y"));
+        let input = case("linear_grad");
+        let (dy, w) = (input.tensor("dy"), input.tensor("w"));
+        let dx = device.linear_input_grad(&dy, &w, Compute::F16, F16).expect("linear_input_grad");
+        assert_equal(&*device, &format!("{name} dx"), &dx, input.values("dx"));
+        let weight = case("weight_grad");
+        let (dy, x) = (weight.tensor("dy"), weight.tensor("x"));
+        let dw = device.linear_weight_grad(&dy, &x, &[0, depth], Compute::F16, F16).expect("linear_weight_grad");
+        assert_equal(&*device, &format!("{name} dw"), &dw, weight.values("dw"));
     }
 }
 

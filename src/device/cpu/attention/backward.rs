@@ -56,8 +56,7 @@ pub fn task(
     let grouped = plan.grouped(task);
     let scaled = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| plan.shape.scale * x).collect() };
     let scaled_k = scaled(&head.k);
-    let half = output_dtype(plan.compute).is_half();
-    let (q, k, scale) = match half {
+    let (q, k, scale) = match output_dtype(plan.compute).is_half() {
         true => (&head.q, &head.k, plan.shape.scale),
         false => (&scaled(&head.q), &scaled_k, 1.0),
     };
@@ -119,11 +118,20 @@ fn query_block(length: usize) -> usize {
     }
 }
 
-/// Order of the terms of dq, dk and dv: a product of depth `depth` whose first `before` terms are zero.
-fn order(plan: &Plan<'_>, depth: usize, before: usize) -> Order {
+/// Order of the terms of dq: a product of depth `depth` whose first `before` terms are zero.
+fn order_of_keys(plan: &Plan<'_>, depth: usize, before: usize) -> Order {
     match plan.compute {
         Compute::Bf16 => Order::Pairs { odd: !before.is_multiple_of(2) },
-        _ => Order::mkl(depth, before),
+        Compute::F16 => Order::interleaved(depth, before),
+        Compute::F32 | Compute::Tf32 => Order::mkl(depth, before),
+    }
+}
+
+/// The same for dk and dv.
+fn order_of_queries(plan: &Plan<'_>, depth: usize, before: usize) -> Order {
+    match plan.compute {
+        Compute::F16 => Order::Onwards,
+        _ => order_of_keys(plan, depth, before),
     }
 }
 
@@ -141,7 +149,7 @@ struct Row<'a> {
 ///
 /// PyTorch multiplies the scores of half operands and all products of f32 ones with MKL, whose first operand (keys,
 /// or queries for the gradient of keys) takes the scale before the sum; oneDNN, which computes the other products of
-/// half operands, scales the sum.
+/// bf16 ones, scales the sum; so does ATen, which computes those of fp16, for dq, but for dk its second operand.
 struct Operands<'a> {
     /// [length][head_dim], for dq, which is scaled by `scale` afterwards.
     k: &'a [f32],
@@ -184,7 +192,7 @@ fn query(
             }
             round_operand(p, plan.compute);
             round_operand(ds, plan.compute);
-            let order = order(plan, block.depth.1, first - block.keys.start);
+            let order = order_of_keys(plan, block.depth.1, first - block.keys.start);
             let terms = Terms { weight: |j: usize| ds[j], count, order };
             add_scaled(terms, &operands.k[first * hd..], operands.scale, sum, dq);
         },
@@ -192,12 +200,20 @@ fn query(
     rounding::round_slice(dq, output_dtype(plan.compute));
 }
 
-/// Σ x·y as PyTorch's `map2_reduce_all` adds it: half operands come in two registers, each with a sum of its own.
+/// Σ x·y as PyTorch's `map2_reduce_all` adds it: half operands come in two registers, each with a sum of its own; what
+/// does not fill them is added lane after lane.
 #[inline(always)]
 fn sum_of_products(x: &[f32], y: &[f32], compute: Compute) -> f32 {
-    match compute {
-        Compute::Bf16 | Compute::F16 => math::sum_in_lanes::<{ 2 * LANES }, 2>([x, y], |[x, y]| x * y),
-        Compute::F32 | Compute::Tf32 => math::sum([x, y], |[x, y]| x * y),
+    let half = output_dtype(compute).is_half();
+    if x.len() < if half { 2 * LANES } else { LANES } {
+        let products = x.iter().zip(y).map(|(x, y)| x * y);
+        let second = products.clone().skip(LANES).chain(std::iter::repeat(0.0));
+        let lanes = products.take(LANES).zip(second).map(|(first, second)| first + second);
+        return lanes.reduce(|sum, lane| sum + lane).unwrap_or(0.0);
+    }
+    match half {
+        true => math::sum_in_lanes::<{ 2 * LANES }, 2>([x, y], |[x, y]| x * y),
+        false => math::sum([x, y], |[x, y]| x * y),
     }
 }
 
@@ -220,10 +236,11 @@ fn keys_of_block(
                 continue;
             }
             let weights = &weights[(first - block.queries.start) * stride + (j - block.keys.start)..];
-            let order = order(plan, block.depth.0, first - block.queries.start);
-            let terms = Terms { weight: |i: usize| weights[i * stride], count: last - first, order };
+            let order = order_of_queries(plan, block.depth.0, first - block.queries.start);
+            let (of_weight, of_sum) = if order == Order::Onwards { (scale, 1.0) } else { (1.0, scale) };
+            let terms = Terms { weight: |i: usize| of_weight * weights[i * stride], count: last - first, order };
             let total = &mut total[j * hd..][..hd];
-            add_scaled(terms, &rows[first * hd..], scale, sum, total);
+            add_scaled(terms, &rows[first * hd..], of_sum, sum, total);
             for total in total {
                 *total = round.apply(*total);
             }

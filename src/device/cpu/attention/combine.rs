@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use crate::device::cpu::gemm::mkl_block;
 
+/// Chains that are interleaved.
+const INTERLEAVED: usize = 4;
 /// Lanes of the widest accumulator: four AVX-512 registers.
 const WIDE: usize = 64;
 /// Lanes of the narrow one; padded operands are multiples of it.
@@ -26,6 +28,19 @@ pub enum Order {
     /// oneDNN's: one chain of pairs, the later term first, as `vdpbf16ps` adds them. `odd`: the first term is the second
     /// of a pair whose first one is zero.
     Pairs { odd: bool },
+    /// ATen's `gemm_notrans_` for fp16: four interleaved chains, the first of which goes on past the `whole` first terms;
+    /// `before` terms are zero and left out.
+    Interleaved { whole: usize, before: usize },
+    /// ATen's `gemm_transb_` for fp16: one chain that goes on from what is there.
+    Onwards,
+}
+
+/// Terms of a chain: every `step`-th of a range, then another range.
+#[derive(Clone)]
+struct Chain {
+    terms: Range<usize>,
+    step: usize,
+    rest: Range<usize>,
 }
 
 impl Order {
@@ -33,37 +48,62 @@ impl Order {
     pub fn mkl(depth: usize, before: usize) -> Self {
         Order::Chains { part: mkl_block(depth).max(1), before }
     }
+
+    /// Four interleaved chains, for a product of depth `depth` whose first `before` terms are zero.
+    pub fn interleaved(depth: usize, before: usize) -> Self {
+        Order::Interleaved { whole: depth / INTERLEAVED * INTERLEAVED, before }
+    }
 }
 
 impl<W: Fn(usize) -> f32> Terms<W> {
-    /// Ranges of terms that form a chain each.
+    /// Terms that form a chain each.
     #[inline(always)]
-    fn chains(&self) -> impl Iterator<Item = Range<usize>> + use<W> {
+    fn chains(&self) -> impl Iterator<Item = Chain> + use<W> {
         let count = self.count;
-        let (part, before) = match self.order {
-            Order::Chains { part, before } => (part, before % part),
-            Order::Pairs { .. } => (count.max(1), 0),
+        let (chains, part, before) = match self.order {
+            Order::Chains { part, before } => ((before % part + count).div_ceil(part), part, before % part),
+            Order::Interleaved { before, .. } => (INTERLEAVED, 0, before),
+            Order::Pairs { .. } | Order::Onwards => (usize::from(count > 0), count, 0),
         };
-        (0..(before + count).div_ceil(part))
-            .map(move |i| (part * i).saturating_sub(before)..(part * (i + 1) - before).min(count))
+        let interleaved = match self.order {
+            Order::Interleaved { whole, .. } => Some(whole.saturating_sub(before).min(count)),
+            _ => None,
+        };
+        (0..chains).map(move |i| match interleaved {
+            Some(whole) => {
+                // The first term left of those whose index, counted with the absent ones, is i modulo 4.
+                let first = (i + INTERLEAVED - before % INTERLEAVED) % INTERLEAVED;
+                let rest = if i == 0 { whole..count } else { 0..0 };
+                Chain { terms: first.min(whole)..whole, step: INTERLEAVED, rest }
+            }
+            None => {
+                let terms = (part * i).saturating_sub(before)..(part * (i + 1) - before).min(count);
+                Chain { terms, step: 1, rest: 0..0 }
+            }
+        })
     }
 
     /// The terms of a chain in order.
     #[inline(always)]
-    fn each(&self, chain: Range<usize>, mut term: impl FnMut(usize, f32)) {
-        let mut next = chain.start;
+    fn each(&self, chain: Chain, mut term: impl FnMut(usize, f32)) {
+        let Chain { terms, step, rest } = chain;
+        let mut next = terms.start;
         if let Order::Pairs { odd } = self.order {
-            if odd && next < chain.end {
+            if odd && next < terms.end {
                 term(next, (self.weight)(next));
                 next += 1;
             }
-            while next + 1 < chain.end {
+            while next + 1 < terms.end {
                 term(next + 1, (self.weight)(next + 1));
                 term(next, (self.weight)(next));
                 next += 2;
             }
         }
-        for j in next..chain.end {
+        while next < terms.end {
+            term(next, (self.weight)(next));
+            next += step;
+        }
+        for j in rest {
             term(j, (self.weight)(j));
         }
     }
@@ -88,21 +128,26 @@ pub fn combine(terms: Terms<impl Fn(usize) -> f32 + Copy>, rows: &[f32], stride:
         }
         at += rest * NARROW;
         for (l, out) in out.iter_mut().enumerate().skip(at) {
-            let mut sum = 0f32;
+            let onwards = terms.order == Order::Onwards;
+            let mut sum = if onwards { *out } else { 0.0 };
             terms.each(chain.clone(), |j, weight| sum = weight.mul_add(rows[j * stride + l], sum));
-            *out += sum;
+            *out = if onwards { sum } else { *out + sum };
         }
     }
 }
 
 #[inline(always)]
 fn block<const W: usize>(
-    (terms, chain): (Terms<impl Fn(usize) -> f32>, Range<usize>),
+    (terms, chain): (Terms<impl Fn(usize) -> f32>, Chain),
     rows: &[f32],
     stride: usize,
     out: &mut [f32],
 ) {
+    let onwards = terms.order == Order::Onwards;
     let mut sums = [0f32; W];
+    if onwards {
+        sums.copy_from_slice(&out[..W]);
+    }
     terms.each(
         chain,
         #[inline(always)]
@@ -113,7 +158,7 @@ fn block<const W: usize>(
         },
     );
     for (out, sum) in out[..W].iter_mut().zip(sums) {
-        *out += sum;
+        *out = if onwards { sum } else { *out + sum };
     }
 }
 

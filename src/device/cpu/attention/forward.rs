@@ -59,8 +59,9 @@ fn row(
         // Whole registers of the padded block; what is left of it is computed one by one.
         let whole = block + (padded - block).min(KEYS) / LANES * LANES;
         let part = exponentials(s, (whole + hidden).saturating_sub(first), new_max, plan.compute);
-        let rescale = if max == f32::NEG_INFINITY { 0.0 } else { math::exp(max - new_max) };
-        sum = sum * rescale + part;
+        // Once a block PyTorch takes the C library's exponential of an f32, and its compiler fuses what follows.
+        let rescale = if max == f32::NEG_INFINITY { 0.0 } else { (max - new_max).exp() };
+        sum = rescale.mul_add(sum, part);
         for o in o.iter_mut() {
             *o *= rescale;
         }
@@ -81,7 +82,8 @@ fn row(
 }
 
 /// s ← e^(s − max), and their sum: approximated in the first `whole` elements as PyTorch's vectors are (sums in
-/// [`LANES`] lanes, for half formats in two such registers), exact in the rest (added one after another).
+/// [`LANES`] lanes, for half formats in two such registers), exact in the rest, which PyTorch leaves to the C library's
+/// `exp` of doubles (added one after another).
 #[inline(always)]
 fn exponentials(s: &mut [f32], whole: usize, max: f32, compute: Compute) -> f32 {
     let (vectors, rest) = s.split_at_mut(whole.min(s.len()));

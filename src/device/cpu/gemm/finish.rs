@@ -2,7 +2,8 @@
 //! linear, forward and backward. Each step rounds where the separate operation would.
 
 use super::Matrix;
-use super::kernel::{COLUMNS, Kernel, Scratch, Tile};
+use super::kernel::{COLUMNS, Scratch, Sums, Tile};
+use super::plan::Term;
 use crate::device::cpu::rounding::{Round, round_slice, with_round};
 use crate::device::cpu::simd::vectorised;
 use crate::device::{Compute, DType};
@@ -53,8 +54,8 @@ pub struct Finish<'a> {
     pub bias: Option<&'a [f32]>,
     pub out: DType,
     pub then: &'a Then<'a>,
-    /// The term's kernel and its panels of this tile's rows and columns.
-    pub term: Option<(&'a Kernel, &'a [u32], &'a [u32])>,
+    /// The term and its panels of this tile's rows and columns.
+    pub term: Option<(&'a Term<'a>, &'a [u32], &'a [u32])>,
 }
 
 impl Finish<'_> {
@@ -66,9 +67,9 @@ impl Finish<'_> {
                 row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             }
         }
-        if let Some((kernel, a, b)) = self.term {
-            // SAFETY: the buffer holds the largest tile.
-            unsafe { kernel.product((a, b), tile.rows, scratch.branch.as_mut_ptr(), COLUMNS, false) };
+        if let Some((term, a, b)) = self.term {
+            let sums = term.order.as_ref().map_or(Sums::Part { first: true }, |order| Sums::Chains(&order.chains));
+            term.kernel.sums((a, b), tile.rows, sums, &mut scratch.branch, &mut scratch.stack);
         }
         match *self.then {
             Then::AddScaled { term, scaling } if tile.strides.1 == 1 => {

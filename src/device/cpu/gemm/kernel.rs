@@ -5,6 +5,7 @@
 //! multiply-adds in the same order and so give the same bits.
 
 use super::finish::Finish;
+use super::order::Chain;
 use crate::device::Compute;
 use crate::device::cpu::measure;
 use crate::device::cpu::simd::{self, Level};
@@ -72,30 +73,69 @@ impl Kernel {
         k.div_ceil(self.per_unit)
     }
 
-    /// C tile = (C tile if `accumulate`) + A panel · B panel; the last part of the depth ends with `finish`.
+    /// C tile = A panel · B panel, added to C tile but for the first part of the depth; the last part ends with `finish`.
     pub fn tile(
         &self,
         (a, b): (&[u32], &[u32]),
         tile: &Tile<'_>,
-        accumulate: bool,
+        sums: Sums<'_>,
         finish: Option<&Finish<'_>>,
         scratch: &mut Scratch,
     ) {
-        if finish.is_none() && tile.columns == self.columns && tile.strides.1 == 1 {
-            let last = tile.at + (tile.rows - 1) * tile.strides.0;
-            let c = tile.c.pointer(tile.at, last + self.columns);
-            // SAFETY: C's rows lie inside its buffer (checked by `pointer`) and belong to this task.
-            unsafe { self.product((a, b), tile.rows, c, tile.strides.0, accumulate) };
-            return;
+        if let Sums::Part { first } = sums {
+            if finish.is_none() && tile.columns == self.columns && tile.strides.1 == 1 {
+                let last = tile.at + (tile.rows - 1) * tile.strides.0;
+                let c = tile.c.pointer(tile.at, last + self.columns);
+                // SAFETY: C's rows lie inside its buffer (checked by `pointer`) and belong to this task.
+                unsafe { self.product((a, b), tile.rows, c, tile.strides.0, !first) };
+                return;
+            }
+            if !first {
+                tile.load(&mut scratch.sums);
+            }
         }
-        if accumulate {
-            tile.load(&mut scratch.sums);
-        }
-        // SAFETY: the buffer holds the largest tile.
-        unsafe { self.product((a, b), tile.rows, scratch.sums.as_mut_ptr(), COLUMNS, accumulate) };
+        self.sums((a, b), tile.rows, sums, &mut scratch.sums, &mut scratch.stack);
         match finish {
             None => tile.store(&scratch.sums),
             Some(finish) => finish.tile(tile, scratch),
+        }
+    }
+
+    /// `rows` rows of A panel · B panel, in or onto `out`; `stack` is scratch.
+    pub fn sums(
+        &self,
+        (a, b): (&[u32], &[u32]),
+        rows: usize,
+        sums: Sums<'_>,
+        out: &mut [f32; ROWS * COLUMNS],
+        stack: &mut [[f32; ROWS * COLUMNS]; STACK],
+    ) {
+        let chains = match sums {
+            Sums::Part { first } => {
+                // SAFETY: the buffer holds the largest tile.
+                return unsafe { self.product((a, b), rows, out.as_mut_ptr(), COLUMNS, !first) };
+            }
+            Sums::Chains(chains) => chains,
+        };
+        let live = rows * COLUMNS;
+        out[..live].fill(0.0);
+        // Sums that wait: `out`, then those of the stack.
+        let mut waiting = 0;
+        for Chain { elements, additions } in chains {
+            let a = &a[elements.start * self.rows..elements.end * self.rows];
+            let b = &b[elements.start * self.columns..elements.end * self.columns];
+            // The first addition is the kernel's own.
+            let onto = *additions > 0;
+            waiting += usize::from(!onto);
+            let top = if waiting == 1 { &mut *out } else { &mut stack[waiting - 2] };
+            // SAFETY: as above.
+            unsafe { self.product((a, b), rows, top.as_mut_ptr(), COLUMNS, onto) };
+            for _ in 1..*additions {
+                let (below, above) = stack.split_at_mut(waiting - 2);
+                let below = below.last_mut().unwrap_or(out);
+                below[..live].iter_mut().zip(&above[0][..live]).for_each(|(below, above)| *below += above);
+                waiting -= 1;
+            }
         }
     }
 
@@ -112,16 +152,30 @@ impl Kernel {
     }
 }
 
-/// Sums of one tile, and of its low-rank term, in rows of [`COLUMNS`].
+/// What the panels of a tile hold, in depth.
+#[derive(Clone, Copy)]
+pub enum Sums<'a> {
+    /// A part of it, in one chain.
+    Part { first: bool },
+    /// All of it.
+    Chains(&'a [Chain]),
+}
+
+/// Most sums of a tile that wait for others, but for one.
+const STACK: usize = 5;
+
+/// Sums of one tile, of its low-rank term, and those that wait to be added to either, in rows of [`COLUMNS`].
 #[repr(align(64))]
 pub struct Scratch {
     pub sums: [f32; ROWS * COLUMNS],
     pub branch: [f32; ROWS * COLUMNS],
+    pub stack: [[f32; ROWS * COLUMNS]; STACK],
 }
 
 impl Scratch {
     pub fn new() -> Self {
-        Self { sums: [0.0; ROWS * COLUMNS], branch: [0.0; ROWS * COLUMNS] }
+        let zeros = [0.0; ROWS * COLUMNS];
+        Self { sums: zeros, branch: zeros, stack: [zeros; STACK] }
     }
 }
 

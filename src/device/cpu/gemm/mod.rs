@@ -1,18 +1,19 @@
 //! Matrix products: C [m, n] = A [m, k] · B [k, n], operands rounded to a [`Compute`] format, f32 accumulation.
 //!
-//! Every element of C is the sum of a few chains of fused multiply-adds over k in ascending order, cut by `depth_block`
-//! where PyTorch's libraries cut them, whatever the tile, the thread or the instruction set that computes it: the cut of
-//! the work (and the rows beside a row) cannot change a bit. With AVX512-BF16 the chains go over pairs of bf16. These are
-//! PyTorch's own bits on a processor for which its libraries choose the same kernels (AMD Zen 4 was measured).
-//! `linear` holds the device's own products, `plan` a product as the kernels see it, `task` one thread's share of it;
-//! `pack` lays the operands out for the kernels, `kernel` holds the inner loops, `narrow` what MKL does for a LoRA rank
-//! of 8 or less, `checks` sums what is checked; this file cuts the work.
+//! Every element of C is the sum of a few chains of fused multiply-adds over k, cut by `depth_block` or interleaved by
+//! `order` as PyTorch's libraries have them, whatever the tile, the thread or the instruction set that computes it: the
+//! cut of the work (and the rows beside a row) cannot change a bit. With AVX512-BF16 the chains go over pairs of bf16.
+//! These are PyTorch's own bits on a processor for which its libraries choose the same kernels (AMD Zen 4 was measured).
+//! `linear` holds the device's own products, `plan` a product as the kernels see it, `order` the chains of fp16, `task`
+//! one thread's share of a product; `pack` lays the operands out for the kernels, `kernel` holds the inner loops,
+//! `narrow` what MKL does for a LoRA rank of 8 or less, `checks` sums what is checked; this file cuts the work.
 
 mod checks;
 mod finish;
 mod kernel;
 mod linear;
 mod narrow;
+mod order;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_avx512;
@@ -27,7 +28,8 @@ pub use plan::mkl_block;
 use std::ops::Range;
 
 use self::checks::{Checks, Packed, Room, Summed};
-use self::plan::Plan;
+use self::pack::Layout;
+use self::plan::{Plan, Term};
 use self::task::Task;
 use super::meter::Cells;
 use super::threads::Shared;
@@ -69,7 +71,7 @@ impl CpuDevice {
         }
         let plan = Plan::new(product, kernel);
         let (row_tasks, column_tasks) = self.cut(&plan);
-        let checks = Checks::expected(&plan);
+        let checks = Checks::expected(&plan).filter(|_| plan.order.is_none());
         let by_rows = checks.as_ref().is_some_and(Checks::by_rows);
         let mut room = checks.as_ref().map(|checks| {
             let shares = if by_rows { column_tasks } else { row_tasks };
@@ -82,12 +84,13 @@ impl CpuDevice {
         };
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
-        self.pack_rows((plan.a, product.k), plan.m, kernel, packed, summed(0).map(|summed| (summed, false)));
+        let layout = Layout { kernel, width: kernel.rows, order: plan.order.as_ref() };
+        self.pack_rows((plan.a, product.k), plan.m, &layout, packed, summed(0).map(|summed| (summed, false)));
         let mut term = plan.term();
-        if let Some(term) = &mut term {
-            let LowRank { a, rank, .. } = *term.of;
-            let packed = bytemuck::cast_slice_mut(&mut term.a);
-            self.pack_rows((&a, rank), plan.m, &term.kernel, packed, summed(0).map(|summed| (summed, true)));
+        if let Some(Term { of: LowRank { a, rank, .. }, kernel, order, a: packed }) = &mut term {
+            let layout = Layout { kernel, width: kernel.rows, order: order.as_ref() };
+            let packed = bytemuck::cast_slice_mut(packed);
+            self.pack_rows((a, *rank), plan.m, &layout, packed, summed(0).map(|summed| (summed, true)));
         }
         let c = Shared::new(c);
         self.workers.each(row_tasks * column_tasks, plan.m * plan.n * product.k / 8, |task| {
@@ -101,31 +104,31 @@ impl CpuDevice {
         room.map(|room| ProductSums { parts: vec![room.finish()], length })
     }
 
-    /// Lays out all of an operand's m lanes, a panel of `kernel.rows` lanes after another, and sums them (`true`: as the
-    /// low-rank term's).
+    /// Lays out all of an operand's m lanes, a panel after another, and sums them (`true`: as the low-rank term's).
     fn pack_rows(
         &self,
         (matrix, depth): (&Matrix<'_>, usize),
         m: usize,
-        kernel: &Kernel,
+        layout: &Layout<'_>,
         packed: &mut [u32],
         summed: Option<(Summed<'_>, bool)>,
     ) {
-        let panels = m.div_ceil(kernel.rows);
-        let panel = kernel.rows * kernel.units(depth);
+        let Layout { kernel, width, .. } = *layout;
+        let panels = m.div_ceil(width);
+        let panel = width * kernel.units(depth);
         let packed = pack::Panels::new(packed, panel);
         // A few tasks per thread.
         let tasks = panels.min(self.workers.threads() * 4);
         self.workers.each(tasks, m * depth / 2, |task| {
             let mine = panels * task / tasks..panels * (task + 1) / tasks;
-            let rows = mine.start * kernel.rows..(mine.end * kernel.rows).min(m);
+            let rows = mine.start * width..(mine.end * width).min(m);
             // SAFETY: every panel belongs to one task.
             let out = unsafe { packed.panels(mine) };
-            pack::pack(matrix, rows.clone(), 0..depth, kernel.rows, kernel, out);
+            pack::pack(matrix, rows.clone(), 0..depth, layout, out);
             if let Some((summed, term)) = summed
                 && summed.checks.by_rows()
             {
-                let packed = Packed { panels: out, width: kernel.rows, panel };
+                let packed = Packed { panels: out, width, panel };
                 // SAFETY: every panel belongs to one task.
                 unsafe { summed.predict(term, (rows.start, rows.len()), 0, kernel.per_unit, &packed) };
             }
@@ -179,7 +182,8 @@ impl CpuDevice {
             let checks = expected.then(|| Checks::new(&plan, false, None));
             let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
             let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
-            pack::pack(plan.a, 0..plan.m, 0..product.k, kernel.rows, kernel, packed);
+            let layout = Layout { kernel, width: kernel.rows, order: plan.order.as_ref() };
+            pack::pack(plan.a, 0..plan.m, 0..product.k, &layout, packed);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
             // A room for these columns alone.

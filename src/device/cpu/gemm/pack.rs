@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::kernel::Kernel;
+use super::order::Order;
 use crate::device::DType;
 use crate::device::cpu::rounding;
 use crate::device::cpu::simd::{self, Level, vectorised};
@@ -50,6 +51,15 @@ impl<'a> Panels<'a> {
     }
 }
 
+/// How an operand is laid out.
+pub struct Layout<'a> {
+    pub kernel: &'a Kernel,
+    /// Lanes of a panel.
+    pub width: usize,
+    /// Of the whole depth, if its elements do not lie in their own; the kernel has one element a unit then.
+    pub order: Option<&'a Order>,
+}
+
 /// Units of depth laid out at a time.
 const STRIP: usize = 32;
 /// Most lanes of any panel.
@@ -57,23 +67,18 @@ const LANES: usize = 32;
 
 /// Writes lanes × depth of `matrix` to panels of `width` lanes, each [units of depth][width], zeros where lanes or depth
 /// run out.
-pub fn pack(
-    matrix: &Matrix<'_>,
-    lanes: Range<usize>,
-    depth: Range<usize>,
-    width: usize,
-    kernel: &Kernel,
-    out: &mut [u32],
-) {
+pub fn pack(matrix: &Matrix<'_>, lanes: Range<usize>, depth: Range<usize>, layout: &Layout<'_>, out: &mut [u32]) {
+    let Layout { kernel, width, order } = *layout;
     let exact = rounding::is_exact_in(matrix.dtype, kernel.compute);
     #[cfg(target_arch = "x86_64")]
     if exact
+        && order.is_none()
         && simd::level() >= Level::Avx512
         && super::pack_avx512::pack(matrix, lanes.clone(), depth.clone(), width, kernel, out)
     {
         return;
     }
-    let convert = Convert { matrix, kernel, exact };
+    let convert = Convert { matrix, kernel, exact, places: order.map(|order| order.places.as_slice()) };
     let panel = (kernel.units(depth.len()) * width).max(1);
     for (first, out) in lanes.clone().step_by(width).zip(out.chunks_exact_mut(panel)) {
         convert.panel(first..(first + width).min(lanes.end), depth.clone(), width, out);
@@ -85,6 +90,7 @@ struct Convert<'a> {
     matrix: &'a Matrix<'a>,
     kernel: &'a Kernel,
     exact: bool,
+    places: Option<&'a [usize]>,
 }
 
 impl Convert<'_> {
@@ -92,16 +98,22 @@ impl Convert<'_> {
     fn panel(&self, lanes: Range<usize>, depth: Range<usize>, width: usize, out: &mut [u32]) {
         let per_unit = self.kernel.per_unit;
         let mut strip = [[0u32; LANES]; STRIP];
-        for (i, out) in out.chunks_mut(STRIP * width).enumerate() {
-            let start = depth.start + i * STRIP * per_unit;
+        for first in (0..out.len() / width).step_by(STRIP) {
+            let start = depth.start + first * per_unit;
             let elements = start..(start + STRIP * per_unit).min(depth.end);
             if self.matrix.depth == 1 {
                 self.across(lanes.clone(), elements, &mut strip);
             } else {
                 self.along(lanes.clone(), elements, &mut strip);
             }
-            for (out, units) in out.chunks_exact_mut(width).zip(&strip) {
-                out.copy_from_slice(&units[..width]);
+            let Some(places) = self.places else {
+                for (out, units) in out[first * width..].chunks_exact_mut(width).zip(&strip) {
+                    out.copy_from_slice(&units[..width]);
+                }
+                continue;
+            };
+            for (place, units) in places[first..].iter().zip(&strip) {
+                out[place * width..][..width].copy_from_slice(&units[..width]);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::order::Order;
 use super::{Buffer, Kernel, LowRank, Matrix, Product, Then, pack};
 use crate::device::{Compute, DType};
 
@@ -18,21 +19,24 @@ pub struct Plan<'a> {
     pub strides: (usize, usize),
     /// Units of depth.
     pub depth: usize,
+    /// Where the depth is not summed in parts.
+    pub order: Option<Order>,
 }
 
 impl<'a> Plan<'a> {
     pub fn new(product: &'a Product<'a>, kernel: &'a Kernel) -> Self {
         let depth = kernel.units(product.k);
+        let order = order((&product.a, &product.b), product.k, product.compute);
         if product.n < kernel.columns
             && product.n < product.m
             && product.bias.is_none()
             && matches!(product.then, Then::Nothing)
         {
             let (m, n) = (product.n, product.m);
-            return Self { product, kernel, a: &product.b, b: &product.a, m, n, strides: (1, product.n), depth };
+            return Self { product, kernel, a: &product.b, b: &product.a, m, n, strides: (1, product.n), depth, order };
         }
         let (m, n) = (product.m, product.n);
-        Self { product, kernel, a: &product.a, b: &product.b, m, n, strides: (n, 1), depth }
+        Self { product, kernel, a: &product.a, b: &product.b, m, n, strides: (n, 1), depth, order }
     }
 
     pub fn transposed(&self) -> bool {
@@ -54,12 +58,14 @@ impl<'a> Plan<'a> {
         let of = self.product.then.term()?;
         let kernel = Kernel::best(of.compute);
         assert!(kernel.rows == self.kernel.rows && kernel.columns == self.kernel.columns, "one tile for both products");
-        Some(Term { of, kernel, a: Buffer::unset(self.panels() * kernel.rows * kernel.units(of.rank)) })
+        let order = order((&of.a, &of.b), of.rank, of.compute);
+        Some(Term { of, kernel, order, a: Buffer::unset(self.panels() * kernel.rows * kernel.units(of.rank)) })
     }
 
     /// The depth in parts of [`depth_block`]; one empty part if there is none, which stores zeros.
     pub fn parts(&self) -> impl Iterator<Item = Range<usize>> {
-        let (depth, part) = (self.depth, depth_block(self.product) / self.kernel.per_unit);
+        let whole = self.order.as_ref().map(|_| self.depth);
+        let (depth, part) = (self.depth, whole.unwrap_or(depth_block(self.product) / self.kernel.per_unit));
         (0..depth.div_ceil(part.max(1)).max(1)).map(move |i| part * i..(part * (i + 1)).min(depth))
     }
 }
@@ -68,7 +74,18 @@ impl<'a> Plan<'a> {
 fn depth_block(product: &Product<'_>) -> usize {
     match product.compute {
         Compute::F32 | Compute::Tf32 => mkl_block(product.k),
-        Compute::Bf16 | Compute::F16 => onednn_block(product),
+        Compute::Bf16 => onednn_block(product),
+        // `gemm_transb_` of ATen; the other products of fp16 have an order of their own.
+        Compute::F16 => product.k,
+    }
+}
+
+/// The order of a product's terms if it is not that of parts of the depth.
+fn order((a, b): (&Matrix<'_>, &Matrix<'_>), k: usize, compute: Compute) -> Option<Order> {
+    match (compute, a.depth, b.depth) {
+        (Compute::F16, 1, 1) => Some(Order::dot(k)),
+        (Compute::F16, 1, _) => Some(Order::interleaved(k)),
+        _ => None,
     }
 }
 
@@ -89,6 +106,7 @@ fn onednn_block(product: &Product<'_>) -> usize {
 pub struct Term<'a> {
     pub of: &'a LowRank<'a>,
     pub kernel: Kernel,
+    pub order: Option<Order>,
     pub a: Buffer,
 }
 
@@ -100,6 +118,7 @@ impl Term<'_> {
     pub fn pack_columns(&self, lanes: Range<usize>, packed: &mut [u32]) {
         let width = self.kernel.columns;
         let out = &mut packed[..lanes.len().div_ceil(width) * width * self.units()];
-        pack::pack(&self.of.b, lanes, 0..self.of.rank, width, &self.kernel, out);
+        let layout = pack::Layout { kernel: &self.kernel, width, order: self.order.as_ref() };
+        pack::pack(&self.of.b, lanes, 0..self.of.rank, &layout, out);
     }
 }

@@ -5,13 +5,16 @@ use std::ops::Range;
 
 use super::checks::{self, Summed};
 use super::finish::Finish;
-use super::kernel::{Scratch, Tile};
+use super::kernel::{Scratch, Sums, Tile};
+use super::pack::{self, Layout};
 use super::plan::{Plan, Term};
-use super::{Buffer, PANELS, pack};
+use super::{Buffer, PANELS};
 use crate::device::cpu::threads::Shared;
 
 /// Columns of B packed at a time; with a part of the depth at most half of a second-level cache.
 const COLUMNS: usize = 256;
+/// Most units packed at a time, where the depth has no parts.
+const UNITS: usize = 1 << 18;
 
 /// Rows × columns of C, which starts at `start` of its slice, over the whole depth.
 pub struct Task<'a> {
@@ -38,21 +41,22 @@ impl Task<'_> {
     pub fn run(&self) {
         let (plan, kernel) = (self.plan, self.plan.kernel);
         let most = plan.parts().map(|part| part.len()).max().unwrap_or(0);
-        let width = COLUMNS.min(self.columns.len().next_multiple_of(kernel.columns));
+        let width = at_a_time(most, kernel.columns).min(self.columns.len().next_multiple_of(kernel.columns));
         let mut b = Buffer::unset(width * most);
         let mut term = Buffer::unset(width * self.term.map_or(0, Term::units));
+        let layout = Layout { kernel, width: kernel.columns, order: plan.order.as_ref() };
         let b: &mut [u32] = bytemuck::cast_slice_mut(&mut b);
         let term: &mut [u32] = bytemuck::cast_slice_mut(&mut term);
         let mut scratch = Scratch::new();
-        for first in self.columns.clone().step_by(COLUMNS) {
-            let lanes = first..(first + COLUMNS).min(self.columns.end);
+        for first in self.columns.clone().step_by(width.max(1)) {
+            let lanes = first..(first + width).min(self.columns.end);
             if let Some(of) = self.term {
                 of.pack_columns(lanes.clone(), term);
             }
             for part in plan.parts() {
                 let elements = part.start * kernel.per_unit..(part.end * kernel.per_unit).min(plan.product.k);
                 let out = &mut b[..lanes.len().next_multiple_of(kernel.columns) * part.len()];
-                pack::pack(plan.b, lanes.clone(), elements, kernel.columns, kernel, out);
+                pack::pack(plan.b, lanes.clone(), elements, &layout, out);
                 if let Some(summed) = self.summed
                     && !summed.checks.by_rows()
                     && self.rows.start == 0
@@ -106,12 +110,16 @@ impl Task<'_> {
                 term: self.term.map(|term| {
                     let (units, all) = (term.units(), bytemuck::cast_slice(&term.a));
                     let b = &packed.term[panel * kernel.columns * units..][..kernel.columns * units];
-                    (&term.kernel, &all[row * units..][..units * kernel.rows], b)
+                    (term, &all[row * units..][..units * kernel.rows], b)
                 }),
             };
             let b = &packed.b[panel * kernel.columns * units..][..kernel.columns * units];
             let tile = self.tile(rows.clone(), columns);
-            kernel.tile((a, b), &tile, part.start > 0, finishes.then_some(&finish), scratch);
+            let so_far = match &plan.order {
+                Some(order) => Sums::Chains(&order.chains),
+                None => Sums::Part { first: part.start == 0 },
+            };
+            kernel.tile((a, b), &tile, so_far, finishes.then_some(&finish), scratch);
         }
     }
 
@@ -120,4 +128,9 @@ impl Task<'_> {
         let at = self.start + rows.start * strides.0 + columns.start * strides.1;
         Tile { c: self.c, at, strides, rows: rows.len(), columns: columns.len() }
     }
+}
+
+/// Columns of B packed at a time, if `units` of depth are.
+fn at_a_time(units: usize, panel: usize) -> usize {
+    COLUMNS.min((UNITS / units.max(1)).max(panel) / panel * panel)
 }
