@@ -1,10 +1,11 @@
 //! Sums of rows and columns, for checksums of products: f32 in as many running sums as a processor keeps in registers,
-//! blocks of them in f64, always in the same order. [`roundings`] says what that costs in accuracy. [`ProductSums`] are
-//! those that a device takes of a product while it computes it.
+//! blocks of them in f64, their total as f32 again, always in the same order. [`roundings`] says what that costs in
+//! accuracy. [`ProductSums`] are those that a device takes of a product while it computes it.
 
 use std::sync::Arc;
 
 use super::Offsets;
+use super::cpu::Buffer;
 
 /// What a row's elements are multiplied with before they are added.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +22,11 @@ impl Sums {
 
     pub fn view(&self) -> View<'_> {
         View { sums: &self.sums, sizes: &self.sizes }
+    }
+
+    /// As factors of another matrix's elements.
+    pub fn weights(&self) -> Weights<'_> {
+        Weights::Of(&self.sums, &self.sizes)
     }
 
     /// Puts others behind them.
@@ -44,60 +50,33 @@ impl Weights<'_> {
 /// Σ x·w and Σ |x|·a of each row or column.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sums {
-    pub sums: Vec<f64>,
-    pub sizes: Vec<f64>,
-}
-
-/// Sums of a matrix's rows or columns, as factors of another one's elements.
-#[derive(Debug, Default)]
-pub struct Factors {
     pub sums: Vec<f32>,
     pub sizes: Vec<f32>,
-}
-
-impl Factors {
-    pub fn weights(&self) -> Weights<'_> {
-        Weights::Of(&self.sums, &self.sizes)
-    }
-}
-
-impl From<Sums> for Factors {
-    fn from(from: Sums) -> Self {
-        let narrow = |all: Vec<f64>| all.into_iter().map(|x| x as f32).collect();
-        Self { sums: narrow(from.sums), sizes: narrow(from.sizes) }
-    }
 }
 
 /// That the checksums of a product will be asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Expect {
     /// Sums of the right operand over the result's columns, where they are known; they may be older than the operand.
-    pub weight: Option<Arc<Factors>>,
+    pub weight: Option<Arc<Sums>>,
 }
 
 /// What a device sums of a product while it computes it: of each row of the result; of a weight's gradient of each column
 /// of each unit, or of each row, whichever are more.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub struct ProductSums {
-    /// Some of them each, in order.
-    pub parts: Vec<PartSums>,
+    /// [the result as it is stored, what the operands of the main product say, of the low-rank term before it is scaled]
+    /// [Σ x, Σ |x|, or for operands what that is at most] [n].
+    all: Buffer,
+    n: usize,
     /// Elements of each sum of the result.
     pub length: usize,
 }
 
-/// Some of a product's sums.
-#[derive(Debug, Clone, Default)]
-pub struct PartSums {
-    /// [the result as it is stored, what the operands of the main product say, of the low-rank term before it is scaled]
-    /// [Σ x, Σ |x|] [n].
-    all: Vec<f64>,
-    n: usize,
-}
-
-impl PartSums {
-    /// n sums, of a product with a low-rank term or without.
-    pub fn zeros(n: usize, term: bool) -> Self {
-        Self { all: vec![0.0; if term { 6 * n } else { 4 * n }], n }
+impl ProductSums {
+    /// n sums of so many elements, of a product with a low-rank term or without; all are still to be written.
+    pub fn unset(n: usize, length: usize, term: bool) -> Self {
+        Self { all: Buffer::unset(if term { 6 * n } else { 4 * n }), n, length }
     }
 
     pub fn got(&self) -> View<'_> {
@@ -115,8 +94,8 @@ impl PartSums {
         View { sums, sizes }
     }
 
-    /// Each of the above, to be filled: Σ x and Σ |x|.
-    pub fn places(&mut self) -> impl Iterator<Item = (&mut [f64], &mut [f64])> {
+    /// Each of the above, to be written: Σ x and Σ |x|.
+    pub fn places(&mut self) -> impl Iterator<Item = (&mut [f32], &mut [f32])> {
         let n = self.n;
         self.all.chunks_mut((2 * n).max(1)).map(move |both| both.split_at_mut(n))
     }
@@ -125,8 +104,8 @@ impl PartSums {
 /// Borrowed [`Sums`].
 #[derive(Debug, Clone, Copy)]
 pub struct View<'s> {
-    pub sums: &'s [f64],
-    pub sizes: &'s [f64],
+    pub sums: &'s [f32],
+    pub sizes: &'s [f32],
 }
 
 /// Running sums of a row.
@@ -206,7 +185,7 @@ fn fold(lanes: &[f32; LANES]) -> f64 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// Adds Σ x and Σ |x| of each column of whole rows to `sums` and `sizes`, one element a column.
+/// Adds Σ x and Σ |x| of each column of whole rows to `sums` and `sizes`, one element a column; f32 along [`DEEP`] rows.
 #[inline(always)]
 pub fn add_columns(values: &[f32], sums: &mut [f64], sizes: &mut [f64]) {
     let columns = sums.len().max(1);
@@ -231,17 +210,20 @@ pub fn add_columns(values: &[f32], sums: &mut [f64], sizes: &mut [f64]) {
 
 /// Every row of `columns` elements, once per entry of `weights`.
 pub fn of_rows(values: &[f32], columns: usize, weights: &[Weights<'_>]) -> Vec<Sums> {
-    let rows = |weights: &Weights<'_>| values.chunks_exact(columns.max(1)).map(|row| of_row(row, *weights)).unzip();
+    let narrow = |(sum, size): (f64, f64)| (sum as f32, size as f32);
+    let rows =
+        |weights: &Weights<'_>| values.chunks_exact(columns.max(1)).map(|row| narrow(of_row(row, *weights))).unzip();
     weights.iter().map(rows).map(|(sums, sizes)| Sums { sums, sizes }).collect()
 }
 
 /// Every column of each unit of rows: [units · columns].
 pub fn of_columns(values: &[f32], columns: usize, units: Offsets<'_>) -> Sums {
-    let length = columns * units.len().saturating_sub(1);
-    let mut all = Sums::zeros(length);
-    for (unit, rows) in units.windows(2).enumerate() {
-        let to = unit * columns..(unit + 1) * columns;
-        add_columns(&values[rows[0] * columns..rows[1] * columns], &mut all.sums[to.clone()], &mut all.sizes[to]);
+    let mut all = Sums::default();
+    for rows in units.windows(2) {
+        let (mut sums, mut sizes) = (vec![0.0; columns], vec![0.0; columns]);
+        add_columns(&values[rows[0] * columns..rows[1] * columns], &mut sums, &mut sizes);
+        all.sums.extend(sums.iter().map(|x| *x as f32));
+        all.sizes.extend(sizes.iter().map(|x| *x as f32));
     }
     all
 }
@@ -284,7 +266,7 @@ mod tests {
                         rows.clone().map(|row| f64::from(f(values[row * columns + column]))).sum::<f64>()
                     };
                     let at = unit * columns + column;
-                    assert_eq!((found.sums[at], found.sizes[at]), (of(&|x| x), of(&f32::abs)));
+                    assert_eq!((found.sums[at], found.sizes[at]), (of(&|x| x) as f32, of(&f32::abs) as f32));
                 }
             }
         }

@@ -8,7 +8,7 @@ use super::simd::{Level, level, vectorised};
 use super::threads::Shared;
 use super::values::{Elements, elements, expect_offsets};
 use crate::Result;
-use crate::device::checks::{Expect, Factors, Sums, Weights, add_columns, of_row};
+use crate::device::checks::{Expect, Sums, Weights, add_columns, of_row};
 use crate::device::{Offsets, Tensor};
 
 /// What a task costs, in elements: a few microseconds.
@@ -28,7 +28,7 @@ pub fn expect(sums: Option<Expect>) {
 }
 
 /// Whether checksums of this thread's products are expected, and what is known of the right operand.
-pub fn expected() -> Option<Option<Arc<Factors>>> {
+pub fn expected() -> Option<Option<Arc<Sums>>> {
     EXPECTED.with_borrow(|expected| expected.as_ref().map(|expected| expected.weight.clone()))
 }
 
@@ -64,7 +64,8 @@ impl CpuDevice {
                     #[inline(always)]
                     || {
                         for ((row, sum), size) in values.chunks_exact(columns).zip(sums).zip(sizes) {
-                            (*sum, *size) = of_row(row, *weights);
+                            let (x, magnitude) = of_row(row, *weights);
+                            (*sum, *size) = (x as f32, magnitude as f32);
                         }
                     },
                 );
@@ -89,20 +90,22 @@ impl CpuDevice {
             let rows = tasks[task].1.clone();
             let mut scratch = Vec::new();
             let values = run(source, rows.start * columns..rows.end * columns, &mut scratch);
-            let mut part = Sums::zeros(columns);
+            let mut part = (vec![0f64; columns], vec![0f64; columns]);
             vectorised(
                 #[inline(always)]
-                || add_columns(values, &mut part.sums, &mut part.sizes),
+                || add_columns(values, &mut part.0, &mut part.1),
             );
             part
         });
-        let mut all = Sums::zeros((units.len() - 1) * columns);
+        let zeros = || vec![0f64; (units.len() - 1) * columns];
+        let (mut sums, mut sizes) = (zeros(), zeros());
         for ((unit, _), part) in tasks.iter().zip(parts) {
             let to = unit * columns..(unit + 1) * columns;
-            all.sums[to.clone()].iter_mut().zip(part.sums).for_each(|(total, x)| *total += x);
-            all.sizes[to].iter_mut().zip(part.sizes).for_each(|(total, x)| *total += x);
+            sums[to.clone()].iter_mut().zip(part.0).for_each(|(total, x)| *total += x);
+            sizes[to].iter_mut().zip(part.1).for_each(|(total, x)| *total += x);
         }
-        Ok(all)
+        let narrow = |all: Vec<f64>| all.into_iter().map(|x| x as f32).collect();
+        Ok(Sums { sums: narrow(sums), sizes: narrow(sizes) })
     }
 }
 

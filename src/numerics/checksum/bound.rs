@@ -3,12 +3,13 @@
 //! With u the unit roundoff and γ_k = k·u/(1 − k·u) (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
 //! §3.1), Σ|x||w| over a row's products called its weight W:
 //! - a sum of k products, f32 all along: γ_k·W, in whatever order they are added;
-//! - the predicted sum: factors added up with [`roundings`] and rounded to f32, then [`roundings`] more: γ·W;
-//! - the measured sum: γ·Σ|y|;
+//! - the predicted sum: factors added up with [`roundings`] and rounded to f32, then the same once more: γ·W;
+//! - the measured sum, rounded to f32: γ·Σ|y|;
 //! - each rounding to a dtype of half a unit ρ in the last place: ρ·Σ|·| of what is rounded. Of a fused product's parts
 //!   only their weights are known, and of its main part |main| ≤ |y| + |branch| + |so far|.
 //!
-//! W and Σ|y| are measured with the same roundings; a hundredth more covers them, γ², and ρ².
+//! W (or, by Cauchy and Schwarz, what it is at most) and Σ|y| are measured with the same roundings; a hundredth more
+//! covers them, γ², and ρ².
 
 use std::ops::Range;
 
@@ -50,7 +51,7 @@ pub struct Given<'s> {
 
 /// Rows that are judged at once.
 const TOGETHER: usize = 256;
-static NONE: [f64; TOGETHER] = [0.0; TOGETHER];
+static NONE: [f32; TOGETHER] = [0.0; TOGETHER];
 
 /// Beyond this even the checksum may overflow f32.
 const NOTHING_SAID: f64 = (1u128 << 120) as f64;
@@ -79,7 +80,8 @@ impl Expected {
         let bound = self.bound(dtype, columns, unit, given.so_far.is_some());
         let blocks = (0..rows).step_by(TOGETHER).map(|first| first..rows.min(first + TOGETHER));
         blocks.filter(|block| !given.within(block, &bound)).flatten().find_map(|row| {
-            let [got, main, branch, so_far] = given.parts(&(row..row + 1)).map(|(sums, sizes)| (sums[0], sizes[0]));
+            let of = |(sums, sizes): (&[f32], &[f32])| (f64::from(sums[0]), f64::from(sizes[0]));
+            let [got, main, branch, so_far] = given.parts(&(row..row + 1)).map(of);
             let (difference, reach, limit) = bound.of(got, main, branch, so_far);
             // Of operands that are not finite, or nearly so, no more can be said.
             if reach.is_nan() || reach > NOTHING_SAID {
@@ -96,9 +98,9 @@ impl Expected {
     fn bound(&self, dtype: DType, columns: usize, unit: f64, so_far: bool) -> Bound {
         let gamma = |k: usize| k as f64 * unit / (1.0 - k as f64 * unit);
         let half = |dtype: DType| f64::from(half_ulp(dtype));
-        let predicting = |terms: usize| gamma(terms + roundings(terms) + roundings(columns) + 3);
+        let predicting = |terms: usize| gamma(terms + roundings(terms) + roundings(columns) + 4);
         let rounded = half(dtype);
-        let adding = gamma(roundings(columns));
+        let adding = gamma(roundings(columns) + 1);
         let (mut of_so_far, mut branch, mut inner) = (adding, 0.0, 0.0);
         if let Some(Branch { terms, dtype, .. }) = &self.branch {
             // Rounded, scaled, and rounded again.
@@ -135,7 +137,7 @@ impl<'s> Given<'s> {
             || {
                 let mut within = true;
                 for row in 0..block.len() {
-                    let of = |part: (&[f64], &[f64])| (part.0[row], part.1[row]);
+                    let of = |part: (&[f32], &[f32])| (f64::from(part.0[row]), f64::from(part.1[row]));
                     let (difference, reach, limit) = bound.of(of(got), of(main), of(branch), of(so_far));
                     within &= (difference <= limit) & (reach <= NOTHING_SAID);
                 }
@@ -146,7 +148,7 @@ impl<'s> Given<'s> {
 
     /// Sums and sizes of these rows: the result, the main product, its low-rank part, what it is added to; zeros for what
     /// there is not.
-    fn parts(&self, rows: &Range<usize>) -> [(&'s [f64], &'s [f64]); 4] {
+    fn parts(&self, rows: &Range<usize>) -> [(&'s [f32], &'s [f32]); 4] {
         [Some(self.got), Some(self.main), self.branch, self.so_far].map(|part| match part {
             Some(View { sums, sizes }) => (&sums[rows.clone()], &sizes[rows.clone()]),
             None => (&NONE[..rows.len()], &NONE[..rows.len()]),

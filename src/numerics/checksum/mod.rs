@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 
 use crate::Result;
-use crate::device::checks::{Expect, Factors, ProductSums, Sums, Weights};
+use crate::device::checks::{Expect, ProductSums, Sums, Weights};
 use crate::device::hooked::{Call, Hook, Product, Sees};
 use crate::device::{Compute, DType, Device, LowRank, Tensor};
 use bound::{Branch, Expected, Given};
@@ -78,7 +78,7 @@ struct Waiting {
 /// Which sums of the left operand predict those of the result.
 enum Wanted {
     /// Its rows, with these factors.
-    Rows(Arc<Factors>),
+    Rows(Arc<Sums>),
     /// Its rows' plain sums, times each column of the narrow operand, unit by unit.
     Units { narrow: Vec<f32>, units: Vec<usize> },
 }
@@ -150,7 +150,7 @@ impl State {
         let has_branch = matches!(product, Product::Adapted { .. } | Product::Onto { branch: Some(_), .. });
         if let Some(sums) = device.product_sums(y)
             // Not those of a product that is only a part of this one.
-            && sums.parts.iter().all(|part| part.branch().is_some() == has_branch)
+            && sums.branch().is_some() == has_branch
         {
             return self.compare(device, operation, product, (y.dtype, sums));
         }
@@ -186,28 +186,15 @@ impl State {
             Product::Onto { so_far, .. } => so_far,
             _ => None,
         };
-        let taken = before.and_then(|x| match &device.product_sums(x)?.parts[..] {
-            [whole] if whole.got().sums.len() == x.rows() => Some(whole.got()),
-            _ => None,
-        });
+        let taken = before.and_then(|x| Some(device.product_sums(x)?.got()).filter(|got| got.sums.len() == x.rows()));
         let summed = match before {
             Some(x) if taken.is_none() => Some(self.result.rows(device, x)?),
             _ => None,
         };
         let so_far = taken.or(summed.as_ref().map(|sums| sums.view()));
-        let mut first = 0;
-        for part in &sums.parts {
-            let given = Given { got: part.got(), main: part.main(), branch: part.branch(), so_far };
-            let wrong = expected.first_wrong(&given, (dtype, sums.length), unit);
-            self.report(
-                (self.products, operation),
-                wrong.map(|(row, difference, bound)| (first + row, difference, bound)),
-            );
-            if wrong.is_some() {
-                break;
-            }
-            first += given.got.sums.len();
-        }
+        let given = Given { got: sums.got(), main: sums.main(), branch: sums.branch(), so_far };
+        let wrong = expected.first_wrong(&given, (dtype, sums.length), unit);
+        self.report((self.products, operation), wrong);
         Ok(())
     }
 

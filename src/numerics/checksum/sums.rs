@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::device::checks::{Factors, Sums, Weights};
+use crate::device::checks::{Sums, Weights};
 use crate::device::{Compute, DType, Device, Tensor};
 
 /// A matrix of fewer elements is summed anew each time: adapters change with every step.
@@ -14,7 +14,7 @@ const KEPT: usize = 4096;
 
 /// Factors of frozen weights, with the tensor whose memory they belong to: while it is held, its address is its own.
 #[derive(Default)]
-pub struct Kept(HashMap<(usize, bool, Compute), (Tensor, Arc<Factors>)>);
+pub struct Kept(HashMap<(usize, bool, Compute), (Tensor, Arc<Sums>)>);
 
 impl Kept {
     /// Those of a weight that does not change.
@@ -24,18 +24,12 @@ impl Kept {
         w: &Tensor,
         compute: Compute,
         over_rows: bool,
-    ) -> Result<Option<Arc<Factors>>> {
+    ) -> Result<Option<Arc<Sums>>> {
         (w.elements() >= WORTH_KEEPING).then(|| self.factors(device, w, compute, over_rows)).transpose()
     }
 
     /// Sums of a right operand over its rows (`over_rows`) or columns.
-    pub fn factors(
-        &mut self,
-        device: &dyn Device,
-        w: &Tensor,
-        compute: Compute,
-        over_rows: bool,
-    ) -> Result<Arc<Factors>> {
+    pub fn factors(&mut self, device: &dyn Device, w: &Tensor, compute: Compute, over_rows: bool) -> Result<Arc<Sums>> {
         let key = (w.storage.identity(), over_rows, compute);
         if let Some((_, factors)) = self.0.get(&key) {
             return Ok(Arc::clone(factors));
@@ -45,7 +39,7 @@ impl Kept {
             true => device.column_checks(&rounded, &[0, w.rows()])?,
             false => of_rows(device, &rounded, Weights::Ones)?,
         };
-        let factors = Arc::new(Factors::from(sums));
+        let factors = Arc::new(sums);
         if w.elements() >= WORTH_KEEPING {
             if self.0.len() >= KEPT {
                 self.0.clear();
@@ -85,7 +79,8 @@ pub fn of_rows(device: &dyn Device, x: &Tensor, weights: Weights<'_>) -> Result<
 /// Σ and Σ|·| of all elements.
 pub fn of_all(device: &dyn Device, x: &Tensor) -> Result<(f64, f64)> {
     let sums = of_rows(device, x, Weights::Ones)?;
-    Ok((sums.sums.iter().sum(), sums.sizes.iter().sum()))
+    let add = |all: &[f32]| all.iter().map(|x| f64::from(*x)).sum();
+    Ok((add(&sums.sums), add(&sums.sizes)))
 }
 
 /// Per unit and column of a narrow operand: Σ_k narrow[k, column] · (Σ of the wide one's row k).
@@ -96,11 +91,12 @@ pub fn of_units(narrow: &[f32], tokens: &Sums, units: &[usize]) -> Sums {
         let (mut sums, mut sizes) = (vec![0f64; columns], vec![0f64; columns]);
         for k in unit[0]..unit[1] {
             for ((sum, size), &d) in sums.iter_mut().zip(&mut sizes).zip(&narrow[k * columns..(k + 1) * columns]) {
-                *sum += f64::from(d) * tokens.sums[k];
-                *size += f64::from(d).abs() * tokens.sizes[k];
+                *sum += f64::from(d) * f64::from(tokens.sums[k]);
+                *size += f64::from(d).abs() * f64::from(tokens.sizes[k]);
             }
         }
-        all.append(&Sums { sums, sizes });
+        all.sums.extend(sums.iter().map(|x| *x as f32));
+        all.sizes.extend(sizes.iter().map(|x| *x as f32));
     }
     all
 }

@@ -9,7 +9,7 @@ use super::Matrix;
 use super::kernel::Tile;
 use super::plan::Plan;
 use crate::device::Compute;
-use crate::device::checks::{DEEP, Factors, PartSums, Sums, Weights, add_columns, of_row};
+use crate::device::checks::{DEEP, ProductSums, Sums, Weights, add_columns, of_row};
 use crate::device::cpu::checks::{self, row_sums};
 use crate::device::cpu::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
@@ -20,6 +20,8 @@ use crate::device::cpu::threads::Shared;
 use crate::device::cpu::values::Elements;
 use crate::device::cpu::{Buffer, rounding};
 
+/// Running sums of a norm, and rows that are added side by side.
+const LANES: usize = 16;
 /// Elements that are rounded at once.
 const SCRATCH: usize = 1 << 13;
 
@@ -28,8 +30,8 @@ pub struct Checks {
     /// Whether the sums are of the plan's rows; else of its columns.
     by_rows: bool,
     /// Sums over the lanes of the operand on the other side, at each depth.
-    main: Arc<Factors>,
-    term: Option<Factors>,
+    main: Arc<Sums>,
+    term: Option<Sums>,
 }
 
 impl Checks {
@@ -39,7 +41,7 @@ impl Checks {
     }
 
     /// `known`: what the sums over the lanes should be.
-    pub fn new(plan: &Plan<'_>, by_rows: bool, known: Option<Arc<Factors>>) -> Self {
+    pub fn new(plan: &Plan<'_>, by_rows: bool, known: Option<Arc<Sums>>) -> Self {
         let product = plan.product;
         let other = if by_rows { (plan.b, plan.n) } else { (plan.a, plan.m) };
         let main = match known {
@@ -66,50 +68,49 @@ impl Checks {
     }
 }
 
-/// The sums of one product, or of some of its columns.
+/// Room for the sums of a product, or of several of one shape.
 pub struct Room {
-    /// The first sum.
-    first: usize,
+    sums: ProductSums,
     n: usize,
-    sums: PartSums,
-    /// Of the result, by tasks that share its rows or columns: [shares] [Σ x, Σ |x|] [n].
-    shares: Buffer,
+    /// Of the result, by tasks that share its rows or columns with others before them: [shares − 1] [Σ x, Σ |x|] [n].
+    more: Buffer,
 }
 
 impl Room {
-    /// For n sums from `first` on, with or without a low-rank term.
-    pub fn new(first: usize, n: usize, term: bool, shares: usize) -> Self {
-        Self { first, n, sums: PartSums::zeros(n, term), shares: Buffer::unset(2 * n * shares) }
+    /// For n sums of `length` elements each, with or without a low-rank term.
+    pub fn new((n, length): (usize, usize), term: bool, shares: usize) -> Self {
+        let more = Buffer::unset(2 * n * shares.saturating_sub(1));
+        Self { sums: ProductSums::unset(n, length, term), n, more }
     }
 
     pub fn places(&mut self) -> Places<'_> {
-        let mut places = self.sums.places().skip(1).map(|(sums, sizes)| (Shared::new(sums), Shared::new(sizes)));
-        let (main, term) = (places.next(), places.next());
-        Places { first: self.first, n: self.n, main, term, shares: Shared::new(&mut self.shares) }
+        let mut places = self.sums.places().map(|(sums, sizes)| (Shared::new(sums), Shared::new(sizes)));
+        let places = [places.next(), places.next(), places.next()];
+        Places { n: self.n, places, more: Shared::new(&mut self.more) }
     }
 
     /// All of them.
-    pub fn finish(mut self) -> PartSums {
+    pub fn finish(mut self) -> ProductSums {
         if let Some((sums, sizes)) = self.sums.places().next() {
-            for share in self.shares.chunks_exact((2 * self.n).max(1)) {
+            for share in self.more.chunks_exact((2 * self.n).max(1)) {
                 let (x, magnitude) = share.split_at(self.n);
-                sums.iter_mut().zip(x).for_each(|(total, x)| *total += f64::from(*x));
-                sizes.iter_mut().zip(magnitude).for_each(|(total, x)| *total += f64::from(*x));
+                sums.iter_mut().zip(x).for_each(|(total, x)| *total += x);
+                sizes.iter_mut().zip(magnitude).for_each(|(total, x)| *total += x);
             }
         }
         self.sums
     }
 }
 
-type Place<'r> = (Shared<'r, f64>, Shared<'r, f64>);
+/// Σ x and Σ |x|.
+type Place<'r> = (Shared<'r>, Shared<'r>);
 
 /// A [`Room`] while tasks fill it, each its own part.
 pub struct Places<'r> {
-    first: usize,
     n: usize,
-    main: Option<Place<'r>>,
-    term: Option<Place<'r>>,
-    shares: Shared<'r>,
+    /// Of the result, the main product, the low-rank term.
+    places: [Option<Place<'r>>; 3],
+    more: Shared<'r>,
 }
 
 /// What a task sums, and where it puts it.
@@ -117,6 +118,8 @@ pub struct Places<'r> {
 pub struct Summed<'a> {
     pub checks: &'a Checks,
     pub places: &'a Places<'a>,
+    /// Where the sums of the task's product begin.
+    pub start: usize,
     /// The task's share of the result's sums.
     pub share: usize,
 }
@@ -144,18 +147,24 @@ impl Summed<'_> {
         packed: &Packed<'_>,
     ) {
         let (factors, to) = match (term, &self.checks.term) {
-            (true, Some(term)) => (term, &self.places.term),
-            _ => (&*self.checks.main, &self.places.main),
+            (true, Some(term)) => (term, &self.places.places[2]),
+            _ => (&*self.checks.main, &self.places.places[1]),
         };
         let Some(to) = to else { return };
         let depth = unit * per_unit..;
-        let factors = (&factors.sums[depth.clone()], &factors.sizes[depth]);
-        let at = at - self.places.first;
+        let (sums, sizes) = (&factors.sums[depth.clone()], &factors.sizes[depth]);
+        let elements = (packed.panel / packed.width.max(1) * per_unit).min(sizes.len());
+        let factors = Part { sums, sizes, norm: norm(&sizes[..elements]) };
+        let at = self.start + at;
         // SAFETY: the caller's promise.
         let (sums, sizes) = unsafe { (to.0.slice(at, count), to.1.slice(at, count)) };
+        if unit == 0 {
+            sums.fill(0.0);
+            sizes.fill(0.0);
+        }
         let places = sums.chunks_mut(packed.width).zip(sizes.chunks_mut(packed.width));
         for (panel, (sums, sizes)) in packed.panels.chunks_exact(packed.panel.max(1)).zip(places) {
-            panel_sums_of((packed.width, per_unit), panel, factors, (sums, sizes));
+            panel_sums_of((packed.width, per_unit), panel, &factors, (sums, sizes));
         }
     }
 
@@ -167,10 +176,16 @@ impl Summed<'_> {
     pub unsafe fn add(&self, tile: &Tile<'_>, (row, column): (usize, usize), first: bool) {
         let by_rows = self.checks.by_rows;
         let (at, count) = if by_rows { (row, tile.rows) } else { (column, tile.columns) };
-        let n = self.places.n;
-        let at = 2 * n * self.share + at - self.places.first;
+        let (n, at) = (self.places.n, self.start + at);
         // SAFETY: the caller's promise.
-        let (sums, sizes) = unsafe { (self.places.shares.slice(at, count), self.places.shares.slice(at + n, count)) };
+        let (sums, sizes) = match (self.share.checked_sub(1), &self.places.places[0]) {
+            (None, Some(to)) => unsafe { (to.0.slice(at, count), to.1.slice(at, count)) },
+            (share, _) => {
+                let (at, more) = (2 * n * share.unwrap_or(0) + at, &self.places.more);
+                // SAFETY: as above.
+                unsafe { (more.slice(at, count), more.slice(at + n, count)) }
+            }
+        };
         if first {
             sums.fill(0.0);
             sizes.fill(0.0);
@@ -212,33 +227,52 @@ fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &
     );
 }
 
-/// Adds Σ factor·x and Σ size·|x| of each lane of one panel.
-fn panel_sums_of(
-    (width, per_unit): (usize, usize),
-    panel: &[u32],
-    factors: (&[f32], &[f32]),
-    to: (&mut [f64], &mut [f64]),
-) {
+/// [`Sums`] of a part of the depth, and the norm of their sizes.
+struct Part<'f> {
+    sums: &'f [f32],
+    sizes: &'f [f32],
+    norm: f64,
+}
+
+/// Adds Σ factor·x and Σ size·|x|, or what that is at most, of each lane of one panel.
+fn panel_sums_of((width, per_unit): (usize, usize), panel: &[u32], factors: &Part<'_>, to: (&mut [f32], &mut [f32])) {
     #[cfg(target_arch = "x86_64")]
     if level() >= Level::Avx512 {
         // SAFETY: the processor has AVX-512.
         return unsafe {
             match (width, per_unit) {
-                (14, 1) => sums_avx512::of_panel::<14, 1, 1>(panel, factors, to),
-                (14, _) => sums_avx512::of_panel::<14, 1, 2>(panel, factors, to),
-                (_, 1) => sums_avx512::of_panel::<32, 2, 1>(panel, factors, to),
-                _ => sums_avx512::of_panel::<32, 2, 2>(panel, factors, to),
+                (14, 1) => sums_avx512::of_panel::<14, 1>(panel, (factors.sums, factors.sizes), to),
+                (14, _) => sums_avx512::of_pairs::<14, 1>(panel, (factors.sums, factors.norm), to),
+                (_, 1) => sums_avx512::of_panel::<32, 2>(panel, (factors.sums, factors.sizes), to),
+                _ => sums_avx512::of_pairs::<32, 2>(panel, (factors.sums, factors.norm), to),
             }
         };
     }
     vectorised(
         #[inline(always)]
-        || match width {
-            16 => panel_sums::<16, 16>(panel, factors, to),
-            6 => panel_sums::<6, 8>(panel, factors, to),
-            _ => panel_sums::<4, 4>(panel, factors, to),
+        || match (width, (factors.sums, factors.sizes)) {
+            (16, factors) => panel_sums::<16, 16>(panel, factors, to),
+            (6, factors) => panel_sums::<6, 8>(panel, factors, to),
+            (_, factors) => panel_sums::<4, 4>(panel, factors, to),
         },
     );
+}
+
+/// ‖x‖₂, in f64: no square is lost.
+fn norm(x: &[f32]) -> f64 {
+    let mut lanes = [0f64; LANES];
+    vectorised(
+        #[inline(always)]
+        || {
+            let (whole, rest) = x.as_chunks::<LANES>();
+            for &x in whole.iter().chain(&[lanes_of(rest)]) {
+                for lane in 0..LANES {
+                    lanes[lane] = f64::from(x[lane]).mul_add(f64::from(x[lane]), lanes[lane]);
+                }
+            }
+        },
+    );
+    lanes.iter().sum::<f64>().sqrt()
 }
 
 /// Of W lanes, in registers of R; chains of at most [`DEEP`] in f32. One element a unit: pairs come with AVX-512.
@@ -246,8 +280,9 @@ fn panel_sums_of(
 fn panel_sums<const W: usize, const R: usize>(
     panel: &[u32],
     (factors, weights): (&[f32], &[f32]),
-    (sums, sizes): (&mut [f64], &mut [f64]),
+    (sums, sizes): (&mut [f32], &mut [f32]),
 ) {
+    let (mut all_sums, mut all_sizes) = ([0f64; R], [0f64; R]);
     let chains = factors.chunks(DEEP).zip(weights.chunks(DEEP));
     for (units, (factors, weights)) in panel.chunks(DEEP * W).zip(chains) {
         let (mut sum, mut size) = ([0f32; R], [0f32; R]);
@@ -259,9 +294,11 @@ fn panel_sums<const W: usize, const R: usize>(
                 size[lane] = x.abs().mul_add(*weight, size[lane]);
             }
         }
-        sums.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(x));
-        sizes.iter_mut().zip(size).for_each(|(total, x)| *total += f64::from(x));
+        all_sums.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(x));
+        all_sizes.iter_mut().zip(size).for_each(|(total, x)| *total += f64::from(x));
     }
+    sums.iter_mut().zip(all_sums).for_each(|(total, x)| *total += x as f32);
+    sizes.iter_mut().zip(all_sizes).for_each(|(total, x)| *total += x as f32);
 }
 
 /// The first R elements, zeros past the end.
@@ -278,47 +315,86 @@ fn lanes_of<T: Copy + Default, const R: usize>(run: &[T]) -> [T; R] {
 }
 
 /// To whole units.
-fn padded(factors: Arc<Factors>) -> Arc<Factors> {
+fn padded(factors: Arc<Sums>) -> Arc<Sums> {
     let length = factors.sums.len();
     if length.is_multiple_of(2) {
         return factors;
     }
     let pad = |x: &[f32]| [x, &[0.0]].concat();
-    Arc::new(Factors { sums: pad(&factors.sums), sizes: pad(&factors.sizes) })
+    Arc::new(Sums { sums: pad(&factors.sums), sizes: pad(&factors.sizes) })
 }
 
 /// Σ x and Σ |x| over the lanes of a matrix at each depth, rounded as the product rounds it; padded to whole units.
-fn of_lanes((matrix, lanes): (&Matrix<'_>, usize), depth: usize, compute: Compute) -> Factors {
-    let exact = rounding::is_exact_in(matrix.dtype, compute);
+fn of_lanes((matrix, lanes): (&Matrix<'_>, usize), depth: usize, compute: Compute) -> Sums {
+    let in_place = match matrix.elements {
+        Elements::Wide(x) if rounding::is_exact_in(matrix.dtype, compute) => Some(x),
+        _ => None,
+    };
     let down = matrix.depth == 1;
     // As rows of contiguous elements.
     let (rows, columns, stride) = if down { (lanes, depth, matrix.lane) } else { (depth, lanes, matrix.depth) };
-    let at_once = if stride == columns { (SCRATCH / columns.max(1)).max(1) } else { 1 };
-    let Sums { mut sums, mut sizes } = Sums::zeros(depth.next_multiple_of(2));
-    let mut scratch = Vec::new();
-    for first in (0..rows).step_by(at_once) {
+    let at_once = if stride == columns { (SCRATCH / columns.max(1)).max(1).min(rows) } else { 1 };
+    let mut all = Sums::zeros(depth.next_multiple_of(2));
+    let deep = down && rows > DEEP;
+    let mut wide = if deep { (vec![0f64; depth], vec![0f64; depth]) } else { Default::default() };
+    let mut scratch = Buffer::unset(if in_place.is_some() { 0 } else { at_once * columns });
+    for first in (0..rows).step_by(at_once.max(1)) {
         let (at, n) = (matrix.at + first * stride, at_once.min(rows - first) * columns);
-        let values = match matrix.elements {
-            Elements::Wide(x) if exact => &x[at..at + n],
-            elements => {
-                scratch.resize(n, 0.0);
-                elements.read(at, &mut scratch);
-                rounding::round_operand(&mut scratch, compute);
-                &scratch
+        let values = match in_place {
+            Some(x) => &x[at..at + n],
+            None => {
+                matrix.elements.read(at, &mut scratch[..n]);
+                rounding::round_operand(&mut scratch[..n], compute);
+                &scratch[..n]
             }
         };
         vectorised(
             #[inline(always)]
-            || {
-                if down {
-                    return add_columns(values, &mut sums[..columns], &mut sizes[..columns]);
-                }
-                let places = sums[first..].iter_mut().zip(&mut sizes[first..]);
-                for (row, (sum, size)) in values.chunks_exact(columns.max(1)).zip(places) {
-                    (*sum, *size) = row_sums(row);
-                }
+            || match (deep, down) {
+                (true, _) => add_columns(values, &mut wide.0, &mut wide.1),
+                (_, true) => add_few(values, &mut all.sums[..columns], &mut all.sizes[..columns]),
+                _ => sums_of_rows(values, columns, &mut all.sums[first..], &mut all.sizes[first..]),
             },
         );
     }
-    Sums { sums, sizes }.into()
+    all.sums.iter_mut().zip(wide.0).for_each(|(to, x)| *to = x as f32);
+    all.sizes.iter_mut().zip(wide.1).for_each(|(to, x)| *to = x as f32);
+    all
+}
+
+/// Adds Σ x and Σ |x| of each column of a few rows.
+#[inline(always)]
+fn add_few(values: &[f32], sums: &mut [f32], sizes: &mut [f32]) {
+    for row in values.chunks_exact(sums.len().max(1)) {
+        for ((sum, size), x) in sums.iter_mut().zip(&mut *sizes).zip(row) {
+            *sum += x;
+            *size += x.abs();
+        }
+    }
+}
+
+/// Σ x and Σ |x| of each row.
+#[inline(always)]
+fn sums_of_rows(values: &[f32], columns: usize, sums: &mut [f32], sizes: &mut [f32]) {
+    if columns >= LANES {
+        for (row, (sum, size)) in values.chunks_exact(columns).zip(sums.iter_mut().zip(sizes)) {
+            let (x, magnitude) = row_sums(row);
+            (*sum, *size) = (x as f32, magnitude as f32);
+        }
+        return;
+    }
+    // Rows shorter than a register are added side by side.
+    let rows = values.chunks(columns.max(1) * LANES).zip(sums.chunks_mut(LANES).zip(sizes.chunks_mut(LANES)));
+    for (values, (sums, sizes)) in rows {
+        let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
+        for column in 0..columns {
+            for (row, (sum, size)) in sum.iter_mut().zip(&mut size).enumerate() {
+                let x = values.get(row * columns + column).copied().unwrap_or(0.0);
+                *sum += x;
+                *size += x.abs();
+            }
+        }
+        sums.copy_from_slice(&sum[..sums.len()]);
+        sizes.copy_from_slice(&size[..sizes.len()]);
+    }
 }

@@ -75,12 +75,12 @@ impl CpuDevice {
         let by_rows = checks.as_ref().is_some_and(Checks::by_rows);
         let mut room = checks.as_ref().map(|checks| {
             let shares = if by_rows { column_tasks } else { row_tasks };
-            Room::new(0, checks.shape(&plan).0, checks.has_term(), shares)
+            Room::new(checks.shape(&plan), checks.has_term(), shares)
         });
         let places = room.as_mut().map(Room::places);
         let summed = |share| {
             let (checks, places) = checks.as_ref().zip(places.as_ref())?;
-            Some(Summed { checks, places, share })
+            Some(Summed { checks, places, start: 0, share })
         };
         let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
         let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
@@ -100,8 +100,7 @@ impl CpuDevice {
             let summed = summed(if by_rows { task / row_tasks } else { task % row_tasks });
             Task { plan: &plan, a: packed, term: term.as_ref(), rows, columns, c: &c, start: 0, summed }.run();
         });
-        let length = checks.map_or(0, |checks| checks.shape(&plan).1);
-        room.map(|room| ProductSums { parts: vec![room.finish()], length })
+        room.map(Room::finish)
     }
 
     /// Lays out all of an operand's m lanes, a panel after another, and sums them (`true`: as the low-rank term's).
@@ -166,36 +165,34 @@ impl CpuDevice {
         if size == 0 {
             return None;
         }
-        let length = {
+        let shape = {
             let first = product(0);
-            Plan::new(&first, kernel).m
+            let plan = Plan::new(&first, kernel);
+            (plan.n, plan.m)
         };
-        let expected = super::checks::expected().is_some();
+        let mut room = super::checks::expected().is_some().then(|| Room::new((count * shape.0, shape.1), false, 1));
+        let places = room.as_mut().map(Room::places);
         // Depths differ; the mean is good enough to decide by.
         let work = (0..count).map(|unit| product(unit).k).sum::<usize>() * size / 8;
         let c = Shared::new(c);
         let parts = (self.workers.threads() * 4).div_ceil(count);
-        let sums = self.workers.map(count * parts, work, |task| {
+        self.workers.each(count * parts, work, |task| {
             let unit = task / parts;
             let product = product(unit);
             let plan = Plan::new(&product, kernel);
-            let checks = expected.then(|| Checks::new(&plan, false, None));
+            let checks = places.as_ref().map(|_| Checks::new(&plan, false, None));
             let mut packed = Buffer::unset(plan.panels() * kernel.rows * plan.depth);
             let packed: &mut [u32] = bytemuck::cast_slice_mut(&mut packed);
             let layout = Layout { kernel, width: kernel.rows, order: plan.order.as_ref() };
             pack::pack(plan.a, 0..plan.m, 0..product.k, &layout, packed);
             let tiles = plan.n.div_ceil(kernel.columns);
             let columns = share(tiles, parts, task % parts, kernel.columns, plan.n);
-            // A room for these columns alone.
-            let mut room = checks.as_ref().map(|_| Room::new(columns.start, columns.len(), false, 1));
-            let places = room.as_mut().map(Room::places);
-            let summed =
-                checks.as_ref().zip(places.as_ref()).map(|(checks, places)| Summed { checks, places, share: 0 });
+            let summed = checks.as_ref().zip(places.as_ref());
+            let summed = summed.map(|(checks, places)| Summed { checks, places, start: unit * shape.0, share: 0 });
             Task { plan: &plan, a: packed, term: None, rows: 0..plan.m, columns, c: &c, start: unit * size, summed }
                 .run();
-            room.map(Room::finish)
         });
-        expected.then(|| ProductSums { parts: sums.into_iter().flatten().collect(), length })
+        room.map(Room::finish)
     }
 }
 
