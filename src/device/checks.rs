@@ -113,10 +113,14 @@ const LANES: usize = 32;
 /// Elements of a row, and rows of a column, that are added in f32.
 const BLOCK: usize = 4096;
 pub const DEEP: usize = 64;
+/// Elements of a product's row that are summed where they are computed; these sums are added in f32.
+pub const RUN: usize = 256;
 
-/// f32 roundings that a term of a sum of `terms` undergoes at most: the longest chain, and the fold of [`LANES`] to 8.
+/// f32 roundings that a term of a sum of `terms` undergoes at most: the longest chain, and the fold of [`LANES`] to 8; or a
+/// run's, [`LANES`] folded to one, and the chain of runs.
 pub fn roundings(terms: usize) -> usize {
-    terms.min(BLOCK).div_ceil(LANES).max(DEEP.min(terms)) + 2
+    let chain = terms.min(BLOCK).div_ceil(LANES).max(DEEP.min(terms)) + 2;
+    chain.max((terms.min(RUN).div_ceil(LANES) + 5 + terms.div_ceil(RUN)).min(terms))
 }
 
 /// The sums of one row.

@@ -5,20 +5,58 @@ use std::arch::x86_64::*;
 use super::measure_avx512::join;
 use crate::device::checks::DEEP;
 
-/// Adds Σ x and Σ |x| of each run.
+/// Adds Σ x and Σ |x| of each run, in f32; the lanes of sixteen runs are folded together.
 #[target_feature(enable = "avx512f")]
 pub fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &mut [f32]) {
-    for (i, (sum, size)) in sums.iter_mut().zip(sizes).enumerate() {
-        let (x, magnitude) = of_row(run(i));
-        *sum += x as f32;
-        *size += magnitude as f32;
+    let groups = sums.chunks_mut(16).zip(sizes.chunks_mut(16));
+    for (group, (sums, sizes)) in groups.enumerate() {
+        let (mut all_sums, mut all_sizes) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
+        for i in 0..sums.len() {
+            (all_sums[i], all_sizes[i]) = lanes_of(run(16 * group + i));
+        }
+        let there = first(sums.len());
+        for (all, to) in [(all_sums, sums), (all_sizes, sizes)] {
+            // SAFETY: only elements that are there are read and written.
+            unsafe {
+                let before = _mm512_maskz_loadu_ps(there, to.as_ptr());
+                _mm512_mask_storeu_ps(to.as_mut_ptr(), there, _mm512_add_ps(before, fold_together(all)));
+            }
+        }
     }
+}
+
+/// The sum of each register's lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fold_together(x: [__m512; 16]) -> __m512 {
+    // Neighbours' sums side by side: 16 registers become 8, 4, 2, 1.
+    let mut eight = [_mm512_setzero_ps(); 8];
+    for (y, pair) in eight.iter_mut().zip(x.as_chunks::<2>().0) {
+        *y = _mm512_add_ps(_mm512_unpacklo_ps(pair[0], pair[1]), _mm512_unpackhi_ps(pair[0], pair[1]));
+    }
+    let mut four = [_mm512_setzero_ps(); 4];
+    for (y, pair) in four.iter_mut().zip(eight.as_chunks::<2>().0) {
+        let [a, b] = pair.map(|x| _mm512_castps_pd(x));
+        let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        *y = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    }
+    // Each quarter of a register now holds part of the sums of four; quarters of four registers are added.
+    let even_and_odd = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    even_and_odd(even_and_odd(four[0], four[1]), even_and_odd(four[2], four[3]))
 }
 
 /// Σ x and Σ |x|, in f32 along a register's lanes and as two registers are added, in f64 across them.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn of_row(row: &[f32]) -> (f64, f64) {
+    let (sums, sizes) = lanes_of(row);
+    (fold(sums), fold(sizes))
+}
+
+/// Lanes whose sums are Σ x and Σ |x|.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn lanes_of(row: &[f32]) -> (__m512, __m512) {
     let (mut sums, mut sizes) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 2]);
     let mut add = |half: usize, x: __m512| {
         sums[half] = _mm512_add_ps(sums[half], x);
@@ -32,11 +70,15 @@ pub fn of_row(row: &[f32]) -> (f64, f64) {
         }
     }
     for (half, some) in rest.chunks(16).enumerate() {
-        let there = ((1u32 << some.len()) - 1) as __mmask16;
         // SAFETY: only elements that are there are read.
-        add(half, unsafe { _mm512_maskz_loadu_ps(there, some.as_ptr()) });
+        add(half, unsafe { _mm512_maskz_loadu_ps(first(some.len()), some.as_ptr()) });
     }
-    (fold(_mm512_add_ps(sums[0], sums[1])), fold(_mm512_add_ps(sizes[0], sizes[1])))
+    (_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sizes[0], sizes[1]))
+}
+
+/// The first n of sixteen lanes.
+fn first(n: usize) -> __mmask16 {
+    ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
 #[inline]
@@ -112,9 +154,8 @@ pub fn of_pairs<const W: usize, const N: usize>(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn lanes<const W: usize>(unit: &[u32; W], register: usize) -> __m512i {
-    let there = ((1u32 << (W - 16 * register).min(16)) - 1) as __mmask16;
     // SAFETY: only elements that are there are read.
-    unsafe { _mm512_maskz_loadu_epi32(there, unit[16 * register..].as_ptr().cast()) }
+    unsafe { _mm512_maskz_loadu_epi32(first(W - 16 * register), unit[16 * register..].as_ptr().cast()) }
 }
 
 /// Adds a function of each lane.

@@ -9,10 +9,11 @@ use super::kernel::{Scratch, Sums, Tile};
 use super::pack::{self, Layout};
 use super::plan::{Plan, Term};
 use super::{Buffer, PANELS};
+use crate::device::checks::RUN;
 use crate::device::cpu::threads::Shared;
 
 /// Columns of B packed at a time; with a part of the depth at most half of a second-level cache.
-const COLUMNS: usize = 256;
+const COLUMNS: usize = RUN;
 /// Most units packed at a time, where the depth has no parts.
 const UNITS: usize = 1 << 18;
 
