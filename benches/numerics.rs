@@ -62,7 +62,7 @@ fn steps() {
             let options = PassOptions::default();
             black_box(engine.pass(&adapter, &batch, &seeds, &options, &mut gradients).expect("a pass"));
         };
-        compare(&format!("{name} window, {} tokens", batch.tokens()), 20, &mut || pass(&alone), &mut || pass(&watched));
+        compare(&format!("{name} window, {} tokens", batch.tokens()), 40, &mut || pass(&alone), &mut || pass(&watched));
     }
     let (products, wrong) = checksums.found().expect("sums");
     println!("{products} products checked, {} wrong", wrong.len());

@@ -100,7 +100,15 @@ pub fn compare(name: &str, turns: usize, alone: &mut dyn FnMut(), with: &mut dyn
     };
     alone();
     with();
-    let turns: Vec<(f64, f64)> = (0..turns).map(|_| (seconds(alone), seconds(with))).collect();
+    // Each goes first as often as the other.
+    let turn = |turn: usize| match turn % 2 {
+        0 => (seconds(alone), seconds(with)),
+        _ => {
+            let second = seconds(with);
+            (seconds(alone), second)
+        }
+    };
+    let turns: Vec<(f64, f64)> = (0..turns).map(turn).collect();
     let shortest = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::INFINITY, f64::min);
     let (a, b) = (shortest(|t| t.0), shortest(|t| t.1));
     let mut ratios: Vec<f64> = turns.iter().map(|t| t.1 / t.0).collect();

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use super::CpuDevice;
-use super::simd::{Level, level, vectorised};
+use super::simd::vectorised;
 use super::threads::Shared;
 use super::values::{Elements, elements, expect_offsets};
 use crate::Result;
@@ -30,17 +30,6 @@ pub fn expect(sums: Option<Expect>) {
 /// Whether checksums of this thread's products are expected, and what is known of the right operand.
 pub fn expected() -> Option<Option<Arc<Sums>>> {
     EXPECTED.with_borrow(|expected| expected.as_ref().map(|expected| expected.weight.clone()))
-}
-
-/// Σ x and Σ |x| of one row; inline it where it is `vectorised`.
-#[inline(always)]
-pub fn row_sums(row: &[f32]) -> (f64, f64) {
-    #[cfg(target_arch = "x86_64")]
-    if level() >= Level::Avx512 {
-        // SAFETY: the processor has AVX-512.
-        return unsafe { super::sums_avx512::of_row(row) };
-    }
-    of_row(row, Weights::Ones)
 }
 
 impl CpuDevice {

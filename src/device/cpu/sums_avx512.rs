@@ -7,7 +7,7 @@ use crate::device::checks::DEEP;
 
 /// Adds Σ x and Σ |x| of each run, in f32; the lanes of sixteen runs are folded together.
 #[target_feature(enable = "avx512f")]
-pub fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &mut [f32]) {
+pub fn add_runs<'r>(run: impl Fn(usize) -> &'r [f32], sums: &mut [f32], sizes: &mut [f32]) {
     let groups = sums.chunks_mut(16).zip(sizes.chunks_mut(16));
     for (group, (sums, sizes)) in groups.enumerate() {
         let (mut all_sums, mut all_sizes) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
@@ -45,14 +45,6 @@ fn fold_together(x: [__m512; 16]) -> __m512 {
     even_and_odd(even_and_odd(four[0], four[1]), even_and_odd(four[2], four[3]))
 }
 
-/// Σ x and Σ |x|, in f32 along a register's lanes and as two registers are added, in f64 across them.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub fn of_row(row: &[f32]) -> (f64, f64) {
-    let (sums, sizes) = lanes_of(row);
-    (fold(sums), fold(sizes))
-}
-
 /// Lanes whose sums are Σ x and Σ |x|.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -79,13 +71,6 @@ fn lanes_of(row: &[f32]) -> (__m512, __m512) {
 /// The first n of sixteen lanes.
 fn first(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fold(x: __m512) -> f64 {
-    let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
-    _mm512_reduce_add_pd(_mm512_cvtps_pd(_mm256_add_ps(_mm512_castps512_ps256(x), high)))
 }
 
 /// Adds Σ factor·x and Σ weight·|x| of each lane of a panel of W lanes, in N registers; chains of at most [`DEEP`] in f32.

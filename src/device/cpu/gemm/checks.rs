@@ -10,7 +10,7 @@ use super::kernel::Tile;
 use super::plan::Plan;
 use crate::device::Compute;
 use crate::device::checks::{DEEP, ProductSums, Sums, Weights, add_columns, of_row};
-use crate::device::cpu::checks::{self, row_sums};
+use crate::device::cpu::checks;
 use crate::device::cpu::simd::vectorised;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::simd::{Level, level};
@@ -20,10 +20,10 @@ use crate::device::cpu::threads::Shared;
 use crate::device::cpu::values::Elements;
 use crate::device::cpu::{Buffer, rounding};
 
-/// Running sums of a norm, and rows that are added side by side.
+/// Running sums of a norm.
 const LANES: usize = 16;
-/// Elements that are rounded at once.
-const SCRATCH: usize = 1 << 13;
+/// Elements that are rounded at once: a part of the first-level cache.
+const SCRATCH: usize = 1 << 11;
 
 /// What a product is summed with.
 pub struct Checks {
@@ -191,8 +191,8 @@ impl Summed<'_> {
             sizes.fill(0.0);
         }
         match (by_rows, tile.strides.1 == 1) {
-            (true, _) => add_runs(|row| tile.row(row), sums, sizes),
-            (false, false) => add_runs(|column| tile.column(column), sums, sizes),
+            (true, _) => add_runs(|row| &*tile.row(row), sums, sizes),
+            (false, false) => add_runs(|column| &*tile.column(column), sums, sizes),
             (false, true) => vectorised(
                 #[inline(always)]
                 || {
@@ -209,7 +209,7 @@ impl Summed<'_> {
 }
 
 /// Adds Σ x and Σ |x| of each run of elements that lie together.
-fn add_runs<'r>(run: impl Fn(usize) -> &'r mut [f32], sums: &mut [f32], sizes: &mut [f32]) {
+fn add_runs<'r>(run: impl Fn(usize) -> &'r [f32], sums: &mut [f32], sizes: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if level() >= Level::Avx512 {
         // SAFETY: the processor has AVX-512.
@@ -348,12 +348,17 @@ fn of_lanes((matrix, lanes): (&Matrix<'_>, usize), depth: usize, compute: Comput
                 &scratch[..n]
             }
         };
+        if !down {
+            let run = |row: usize| &values[row * columns..(row + 1) * columns];
+            let to = first..first + n / columns.max(1);
+            add_runs(run, &mut all.sums[to.clone()], &mut all.sizes[to]);
+            continue;
+        }
         vectorised(
             #[inline(always)]
-            || match (deep, down) {
-                (true, _) => add_columns(values, &mut wide.0, &mut wide.1),
-                (_, true) => add_few(values, &mut all.sums[..columns], &mut all.sizes[..columns]),
-                _ => sums_of_rows(values, columns, &mut all.sums[first..], &mut all.sizes[first..]),
+            || match deep {
+                true => add_columns(values, &mut wide.0, &mut wide.1),
+                false => add_few(values, &mut all.sums[..columns], &mut all.sizes[..columns]),
             },
         );
     }
@@ -370,31 +375,5 @@ fn add_few(values: &[f32], sums: &mut [f32], sizes: &mut [f32]) {
             *sum += x;
             *size += x.abs();
         }
-    }
-}
-
-/// Σ x and Σ |x| of each row.
-#[inline(always)]
-fn sums_of_rows(values: &[f32], columns: usize, sums: &mut [f32], sizes: &mut [f32]) {
-    if columns >= LANES {
-        for (row, (sum, size)) in values.chunks_exact(columns).zip(sums.iter_mut().zip(sizes)) {
-            let (x, magnitude) = row_sums(row);
-            (*sum, *size) = (x as f32, magnitude as f32);
-        }
-        return;
-    }
-    // Rows shorter than a register are added side by side.
-    let rows = values.chunks(columns.max(1) * LANES).zip(sums.chunks_mut(LANES).zip(sizes.chunks_mut(LANES)));
-    for (values, (sums, sizes)) in rows {
-        let (mut sum, mut size) = ([0f32; LANES], [0f32; LANES]);
-        for column in 0..columns {
-            for (row, (sum, size)) in sum.iter_mut().zip(&mut size).enumerate() {
-                let x = values.get(row * columns + column).copied().unwrap_or(0.0);
-                *sum += x;
-                *size += x.abs();
-            }
-        }
-        sums.copy_from_slice(&sum[..sums.len()]);
-        sizes.copy_from_slice(&size[..sizes.len()]);
     }
 }
