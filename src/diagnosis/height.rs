@@ -32,11 +32,13 @@ impl Point {
         let skipped = row.grad_norm.is_some_and(|norm| !norm.is_finite());
         Some(Self { step: row.step, loss: row.loss?, grad_norm, skipped, unlabelled: false })
     }
-    /// What the log would show of it, the mean over the logging window included; but a NaN stays one.
+    /// What the log would show of it, the mean over the logging window included; but a NaN stays one where the trainer's
+    /// filter leaves nothing of the step.
     pub fn comparable(record: &StepRecord) -> Self {
         let own = Self::replayed(record);
-        let shown = if own.loss.is_finite() { record.loss_logged.unwrap_or(record.loss) } else { own.loss };
-        Self { loss: shown, ..own }
+        let shown = record.loss_logged.unwrap_or(record.loss);
+        let left = own.loss.is_finite() || (shown.is_finite() && shown != 0.0);
+        Self { loss: if left { shown } else { own.loss }, ..own }
     }
     /// This step's own unfiltered loss: a NaN stays one instead of 0.0.
     pub fn replayed(record: &StepRecord) -> Self {
